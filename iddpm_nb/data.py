@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'TORCHVISION', 'to_float', 'to_uint8', 'Images', 'shipped', 'digits', 'read_image', 'from_folder',
-           'from_npz', 'from_torchvision', 'load_images', 'Batches']
+           'from_npz', 'from_torchvision', 'every_tenth', 'load_images', 'Batches']
 
 # %% ../nbs/00_data.ipynb #3a2570a7
 import io
@@ -134,9 +134,20 @@ def from_torchvision(
     return Images(x, torch.as_tensor(d.targets).long(), tuple(d.classes), f"{name}/{split}")
 
 # %% ../nbs/00_data.ipynb #e8622760
+def every_tenth(
+    d:Images,   # all images
+    split:str,  # "test": every tenth image; "train": the others; "all": all
+) -> Images:
+    "A fixed split of data that bring none."
+    if split not in ("train", "test", "all"): raise ValueError(f"split must be train, test or all; got {split!r}")
+    out = torch.arange(len(d)) % 10 == 9
+    i = torch.ones_like(out) if split == "all" else out if split == "test" else ~out
+    return Images(d.images[i], None if d.labels is None else d.labels[i], d.classes, f"{d.name}/{split}")
+
+# %% ../nbs/00_data.ipynb #86431933
 def load_images(
     data:str="digits",    # "digits", "mnist", "fashionmnist", "cifar10", a folder of images, or an .npz
-    split:str="train",    # "train" or "test"; a folder or an .npz holds one split only, itself
+    split:str="train",    # "train", "test" or "all"; of a folder or an .npz every tenth image is the test split
     size:int|None=None,   # image size: files are scaled and cropped to it, everything else must already have it
     root:str="data",      # where downloads are kept
     mode:str="RGB",       # how image files are read: "RGB" or "L"
@@ -148,6 +159,7 @@ def load_images(
     elif p.is_dir(): d = from_folder(p, size, mode)
     elif p.suffix == ".npz": d = from_npz(p)
     else: raise ValueError(f"unknown data {data!r}: give digits, {', '.join(TORCHVISION)}, a folder of images, or an .npz file")
+    if data not in ("digits", *TORCHVISION): d = every_tenth(d, split)
     if size and d.images.shape[-2:] != (size, size): raise ValueError(f"{data} has images of {tuple(d.images.shape[-2:])}, not {size}x{size}")
     return d
 

@@ -18,7 +18,7 @@ def normal_kl(
     mean2:Tensor, logvar2:Tensor, # the second
 ) -> Tensor: # nats per element
     "KL(N1 || N2) of diagonal Gaussians, element by element."
-    return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + (mean1 - mean2)**2 * (-logvar2).exp())
+    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2)**2 * (-logvar2).exp())
 
 # %% ../nbs/05_hybrid_loss.ipynb #4d18e99e
 def normal_cdf(

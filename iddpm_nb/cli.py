@@ -85,7 +85,7 @@ class SampleOptions:
     "Draw images from a trained model."
     path: Annotated[str, tyro.conf.Positional]  # a run's folder, a checkpoint, or a .safetensors file
     n: int = 64               # how many
-    steps: str = "50"         # 50, "10,15,20", ddim50, or all
+    steps: str | None = None  # 50, "10,15,20", ddim50, or all; by default 50, or all of a chain with fewer
     method: str = "ddpm"      # ddpm or ddim
     eta: float = 0.0          # noise of ddim: 0 none, 1 as much as ddpm
     variance: str | None = None # learned, beta or beta_tilde; by default as trained
@@ -103,9 +103,10 @@ def iddpm_sample(args=None):
     if o.out and (Path(o.out).suffix != ".png" or Path(o.out).exists() or Path(o.out).with_suffix(".npz").exists()):
         raise ValueError(f"--out must be a new .png, and so must the .npz beside it; got {o.out}")
     model = load(o.path, o.weights, pick_device(o.device))
-    x = model.sample(o.n, None if o.steps == "all" else o.steps, o.seed, o.method, o.eta, o.variance, True, chunk=o.chunk)
+    steps = o.steps or str(min(50, len(model.schedule)))
+    x = model.sample(o.n, None if steps == "all" else steps, o.seed, o.method, o.eta, o.variance, True, chunk=o.chunk)
     home = Path(o.path) if Path(o.path).is_dir() else Path(o.path).parent
-    png = Path(o.out) if o.out else free_path(home / f"samples_{o.n}x{o.steps.replace(',', '-')}.png")
+    png = Path(o.out) if o.out else free_path(home / f"samples_{o.n}x{steps.replace(',', '-')}.png")
     png = png.resolve()
     save_grid(x, png)
     np.savez_compressed(png.with_suffix(".npz"), images=to_uint8(x).permute(0, 2, 3, 1).cpu().numpy())

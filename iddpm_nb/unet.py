@@ -138,7 +138,7 @@ def check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_r
     sizes, widths = [image_size // 2**i for i in range(len(mult))], [channels * m for m in mult]
     if off := sorted(set(attn_resolutions) - set(sizes)): raise ValueError(f"attention at resolution {off} is impossible: this network has the resolutions {sizes}")
     if bad := [w for w in (channels, *widths) if w % 32 and 32 % w]: raise ValueError(f"widths {bad} must be multiples of 32 (or, in a toy, divide 32), as GroupNorm asks: change channels or multipliers")
-    attended = [w for w, size in zip(widths, sizes) if size in attn_resolutions] + widths[-1:]
+    attended = sorted({w for w, size in zip(widths, sizes) if size in attn_resolutions} | {widths[-1]})
     if bad := [w for w in attended if num_heads < 1 or w % num_heads]: raise ValueError(f"attention at widths {bad} cannot be split over {num_heads} heads")
     if num_classes is not None and num_classes < 1: raise ValueError(f"num_classes must be at least 1, or None for a network without labels; got {num_classes}")
 
@@ -169,8 +169,7 @@ class UNet(nn.Module):
         num_classes:int|None=None, # labels 0..num_classes-1 are asked for, if given
         scale_shift:bool=True,# the embedding scales and shifts the norm; False: it is added before it
     ):
-        super().__init__()
-        check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes)
+        super().__init__(); check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes)
         self.in_channels, self.channels, self.halvings, self.num_classes = in_channels, channels, len(mult) - 1, num_classes
         emb_dim, sizes = 4 * channels, (channels, mult, num_res_blocks, image_size)
         res = lambda c1, c2: ResBlock(c1, c2, emb_dim, dropout, scale_shift)
@@ -183,7 +182,10 @@ class UNet(nn.Module):
         self.up = way_up(blocks, *sizes, widths)
         self.norm_out, self.conv_out = Norm(mult[0] * channels), zero(nn.Conv2d(mult[0] * channels, out_channels, 3, padding=1))
 
-    def forward(self, x, t, y=None): # images (B,in_channels,H,W), `model_time(s, t)` (B,), labels (B,) or None -> (B,out_channels,H,W)
+    def forward(self,
+        x:Tensor, t:Tensor, # noisy images (B,in_channels,H,W); what stands for t, `model_time(s, t)`, (B,)
+        y:Tensor|None=None, # labels int64 (B,), if the network has classes
+    ) -> Tensor: # (B,out_channels,H,W)
         check_inputs(self, x, t, y)
         e = self.time_embed(timestep_embedding(t, self.channels).to(self.conv_in.weight.dtype))
         if y is not None: e = e + self.label_embed(y)

@@ -37,7 +37,7 @@ def kernel(
 def fit_judge(
     data:Tensor,       # labelled images, (M,C,H,W) in [-1,1]; at most some thousands
     labels:Tensor,     # int64 (M,), from 0
-    lam:float=0.01,    # weight of the penalty
+    lam:float=0.02,    # weight of the penalty
 ) -> tuple[Tensor, float]: # w float64 (M,K), and gamma
     "Kernel logistic regression: minimise the summed cross-entropy + lam w'Kw."
     d = data.flatten(1).double()

@@ -77,12 +77,7 @@ def build(
     try: return UNet(**config["network"]), make_schedule(**config["schedule"])
     except (KeyError, TypeError) as e: raise ValueError(f"this configuration does not describe a network and a schedule: {e}") from e
 
-def check_weights(
-    net:nn.Module, # the network that should take them
-    tensors:dict,  # weights by name
-    path:Path,     # where they are from, for the message
-):
-    "One sentence if these are the weights of another network."
+def check_weights(net, tensors, path): # one sentence if these tensors, read from a path, are another network's
     mine, its = ({k: tuple(v.shape) for k, v in d.items()} for d in (net.state_dict(), tensors))
     off = [k for k in mine | its if mine.get(k) != its.get(k)]
     if off: raise ValueError(f"{path} holds the weights of another network: {off[0]} is {its.get(off[0], 'missing')} there and {mine.get(off[0], 'missing')} here ({len(off)} of {len(mine)} differ)")
@@ -117,11 +112,7 @@ def read_state(
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise ValueError(f"{path} is not a training state: it is cut short, or holds more than tensors and numbers; nothing in it was run") from e
 
-def check_state(
-    run:Training, # the training that should continue
-    state:dict,   # of `training_state`
-):
-    "One sentence if a state belongs to another kind of training."
+def check_state(run, state): # one sentence if a state belongs to another kind of training
     if (mine := [e.rate for e in run.emas]) != list(state["emas"]): raise ValueError(f"the checkpoint has averages of rates {list(state['emas'])}, this training has {mine}")
     if run.sampler.state_dict().keys() != state["sampler"].keys(): raise ValueError("the checkpoint draws t with another sampler (uniform or importance) than this training")
 
@@ -152,12 +143,7 @@ def checkpoints(
     found = [p for p in Path(folder).glob("[0-9]*") if p.is_dir() and p.stem.isdigit() and p.suffix in ("", ".old")]
     return sorted(found, key=lambda p: (int(p.stem), not p.suffix))
 
-def write_files(
-    folder:Path,  # where
-    run:Training, # what
-    config:dict,  # see `save_model`
-):
-    "The files of one checkpoint, their checksums last."
+def write_files(folder, run, config): # the files of one checkpoint, their checksums last
     save_model(folder / "model.safetensors", run.net, config)
     for e in run.emas: save_model(folder / ema_file(e.rate), e.net, config)
     torch.save(training_state(run), state := io.BytesIO())
@@ -194,11 +180,7 @@ def whole(
     except (OSError, ValueError): return False
     return {"model.safetensors", "state.pt"} <= sums.keys() and all((path / k).is_file() and checksum(path / k) == v for k, v in sums.items())
 
-def restore(
-    path:Path,    # a checkpoint's folder
-    run:Training, # a training built as the saved one was
-):
-    "Put a training back where a checkpoint has it."
+def restore(path, run): # put a training back where a checkpoint has it, or leave it as it is
     state, files = read_state(path / "state.pt"), {path / "model.safetensors": run.net}
     check_state(run, state)
     files |= {path / ema_file(e.rate): e.net for e in run.emas}

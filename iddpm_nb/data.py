@@ -74,8 +74,10 @@ def read_image(
 ) -> Tensor: # uint8 (C,H,W)
     "One image file as a tensor. A file that cannot be read is named."
     from PIL import Image, ImageOps
-    try: im = ImageOps.exif_transpose(Image.open(path)).convert(mode)
+    try: im = ImageOps.exif_transpose(Image.open(path)); im.load()
     except Exception as e: raise ValueError(f"{path} is not a readable image ({type(e).__name__}); remove or replace it") from e
+    if im.mode.startswith(("I", "F")): raise ValueError(f"{path} has more than 8 bits a pixel ({im.mode}): convert it to an 8-bit image")
+    im = im.convert(mode)
     if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC if min(im.size) < size else Image.Resampling.BOX)
     x = torch.from_numpy(np.array(im))
     return x[None] if x.ndim == 2 else x.permute(2, 0, 1).contiguous()

@@ -47,7 +47,6 @@ def bits(
     "Mean over dimensions, nats to bits."
     return nats.flatten(1).mean(1) / math.log(2)
 
-# %% ../nbs/05_hybrid_loss.ipynb #fe00beb9
 def vlb_term(
     s:Schedule,             # the schedule
     out:Tensor,             # network output: eps_hat, then u if the variance is learned
@@ -57,7 +56,7 @@ def vlb_term(
     clip_x0:bool=False,     # clamp x0_hat to [-1,1]: for evaluation, not for training
     variance:str="learned", # "learned", "beta" or "beta_tilde"
 ) -> Tensor: # (B,), bits per dimension
-    "The bound's term of step t: KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) for t > 0, -log p(x_0|x_1) at t = 0 (Eqs. 4-6)."
+    "The bound's term of step t: KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) for t > 0, -log p(x_0|x_1) at t = 0 (Eqs. 5 and 6)."
     p = p_gaussian(s, out, xt, t, clip_x0, variance)
     kl = normal_kl(posterior_mean(s, x0, xt, t), posterior_logvar(s, t, xt), p.mean, p.logvar)
     return torch.where(t == 0, bits(discretized_gaussian_nll(x0, p.mean, p.logvar)), bits(kl))

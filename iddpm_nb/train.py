@@ -15,9 +15,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from .forward import Schedule, model_time, q_sample
 from .losses import l_hybrid, l_simple, l_vlb
+from .pictures import progress_bar
 
 # %% ../nbs/08_training.ipynb #ae5edd8b
 def objective(
@@ -129,7 +129,7 @@ def start_training(
 ) -> Training:
     "A network before its first step. torch's own generator is seeded too: dropout draws from it."
     if len(set(ema_rates)) < len(ema_rates): raise ValueError(f"two averages of the same rate would be the same: {ema_rates}")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 1)     # what dropout draws is not to be what t and noise are drawn from
     device = next(net.parameters()).device
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
     return Training(net, opt, [EMA(net, r, ema_warmup) for r in ema_rates], sampler, batches, torch.Generator(device).manual_seed(seed))
@@ -181,7 +181,7 @@ def watch(
 ) -> Iterator[dict]: # each step's metrics; every so many with "loss" (mean since the last) and "images_per_s"
     "Follow a training loop: show it, average its losses, and stop it at the first loss that is not finite."
     seen, clock = [], time.perf_counter()
-    with tqdm(total=steps, initial=start, unit="step", disable=not progress) as bar:
+    with progress_bar(steps, "step", progress, start) as bar:
         for m in metrics:
             seen.append(m)
             if m["step"] % every == 0 or m["step"] == steps:

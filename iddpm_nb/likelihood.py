@@ -7,12 +7,13 @@ __all__ = ['Bits', 'choose_t', 'check_images', 'term', 'bits_per_dim', 'histogra
 
 # %% ../nbs/10_likelihood.ipynb #5c4cc746
 import math
+import warnings
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from .forward import Schedule, model_time, q_sample
 from .losses import prior_term, vlb_term
+from .pictures import progress_bar
 from .sampling import evaluating, normal
 
 # %% ../nbs/10_likelihood.ipynb #d037abdc
@@ -46,11 +47,11 @@ def choose_t(
 # %% ../nbs/10_likelihood.ipynb #734e07df
 def check_images(x0, cond):
     "Refuse what has no bits per dimension, in one sentence."
-    if not x0.is_floating_point() or x0.ndim != 4 or not len(x0) or not (x0.abs() <= 1).all():
+    if not x0.is_floating_point() or x0.ndim < 2 or not len(x0) or not (x0.abs() <= 1).all():
         span = f" from {x0.min():.3g} to {x0.max():.3g}" if x0.numel() else ""
         raise ValueError(f"images must be floats (B,C,H,W) in [-1,1], at least one; got {x0.dtype} {tuple(x0.shape)}{span}: use data.to_float")
     level = (x0.double() + 1) * 127.5
-    if (level - level.round()).abs().max() > 0.01: raise ValueError("images must lie on the 256 levels k/127.5 - 1 of 8-bit pixels (data.to_float of uint8): other numbers have no bits per dimension")
+    if (level - level.round()).abs().max() > 0.01: warnings.warn("these images do not lie on the 256 levels k/127.5 - 1 of 8-bit pixels (data.to_float of uint8): are they in [0,1]? Their bits per dimension compare with nothing", stacklevel=3)
     for k, v in (cond or {}).items():
         if len(v) != len(x0): raise ValueError(f"cond[{k!r}] must have a row for each of the {len(x0)} images, got {len(v)}")
 
@@ -79,7 +80,7 @@ def bits_per_dim(
     if chunk < 1: raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
     s, rows = s.to(x0.device), []
     t, weights = choose_t(len(s), num_t, len(x0), generator)
-    with evaluating(net), tqdm(total=t.numel(), unit="term", disable=not progress) as bar:
+    with evaluating(net), progress_bar(t.numel(), "term", progress) as bar:
         for x, ts, i in zip(x0.split(chunk), t.split(chunk), torch.arange(len(x0)).split(chunk)):
             part, terms = {k: v[i.to(v.device)].to(x.device) for k, v in (cond or {}).items()}, []
             for tk in ts.T.to(x.device): terms.append(term(net, s, x, tk, generator, part, clip_x0, variance)); bar.update(len(x))

@@ -14,8 +14,8 @@ from operator import index
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from .forward import Schedule, at, model_time
+from .pictures import progress_bar
 from .posterior import eps_from_x0
 from .variance import p_gaussian
 
@@ -188,7 +188,7 @@ def sample(
     s = s if steps is None else respace(s, space_timesteps(len(s), steps))
     device, done = device or home(net, s), []
     s, x_T = s.to(device), normal(shape, generator, device) if x_T is None else x_T.to(device, torch.float32)
-    with evaluating(net), tqdm(total=-(-len(x_T) // chunk) * len(s), unit="step", disable=not progress) as bar:
+    with evaluating(net), progress_bar(-(-len(x_T) // chunk) * len(s), "step", progress) as bar:
         for a in range(0, len(x_T), chunk):
             part = {k: v[a:a + chunk].to(device) for k, v in (cond or {}).items()}
             for step in chain(net, s, x_T[a:a + chunk], method, eta, generator, part, clip_x0, variance):

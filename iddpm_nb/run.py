@@ -150,7 +150,7 @@ def begin(
     torch.manual_seed(c.train.seed)
     net, s = build(about)
     sampler = (UniformSampler if c.diffusion.sampler == "uniform" else LossSecondMomentSampler)(len(s))
-    batches = Batches(Images(d.images), c.train.batch, c.train.seed, device)
+    batches = Batches(Images(d.images), c.train.batch, c.train.seed + 2, device)     # not the numbers that t and noise are drawn from
     run = start_training(net.to(device), batches, sampler, c.train.lr, c.train.weight_decay, c.train.ema, c.train.ema_warmup, c.train.seed)
     return run, s.to(device), about
 

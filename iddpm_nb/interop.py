@@ -65,7 +65,7 @@ def read_levels(
         p, found = f"input_blocks.{i}.0.", inside.get(i, set())
         if any(k.startswith("0.op.") for k in found): levels.append([]); continue
         width = mode(votes(tensors, *(f"{p}{k}.{end}" for k in ("in_layers.2", "out_layers.0", "out_layers.3") for end in ("weight", "bias"))))
-        levels[-1].append((width, any(k.startswith("1.") for k in found), *votes(tensors, p + "emb_layers.1.weight")))
+        levels[-1].append((width, sum(k.startswith("1.") for k in found) >= 3, *votes(tensors, p + "emb_layers.1.weight")))
     return levels
 
 def infer(

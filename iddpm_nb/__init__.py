@@ -2,7 +2,8 @@
 __version__ = "0.0.1"
 
 _HOMES = {"load": "run", "Config": "run", "train_run": "run", "Schedule": "forward", "make_schedule": "schedule",
-          "UNet": "unet", "sample": "sampling", "bits_per_dim": "likelihood"}
+          "UNet": "unet", "sample": "sampling", "bits_per_dim": "likelihood",
+          "load_openai": "interop", "to_openai": "interop", "to_diffusers": "bridge"}
 __all__ = list(_HOMES)
 
 

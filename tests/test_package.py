@@ -35,3 +35,21 @@ def test_help_names_every_option_with_its_default(run):
     for option in ("--data", "--channels", "--T", "--loss", "--schedule", "--sampler", "--steps", "--lr", "--ema", "--seed", "--resume", "--out"):
         assert option in said
     assert said.count("default: ") > 25
+
+
+def test_official_checkpoint(run, site):
+    run("python", "import torch, iddpm_nb; from iddpm_nb.unet import UNet; torch.save(iddpm_nb.to_openai(UNet(1, 2, 32, (1,), 1, (), 8)), 'net.pt')")
+    known = ["--image-size", "8", "--num-heads", "4", "--schedule", "cosine", "--T", "20", "--rescale-t", "True"]
+    said = run("iddpm_convert", "net.pt", *known)
+    assert str(run.folder / "net.safetensors") in said and (run.folder / "net.safetensors").exists()
+    assert "2 images" in run("iddpm_sample", "net.safetensors", "--n", "2", "--steps", "5", "--device", "cpu")
+    assert "bits/dim" in run("iddpm_eval", "net.safetensors", "--data", "digits", "--n", "4", "--device", "cpu")
+    for command in ("iddpm_sample", "iddpm_eval", "iddpm_convert"):        # nothing is guessed
+        said = run(command, "net.pt", status=1)
+        assert "Traceback" not in said and "cifar10_uncond_50M_500K" in said
+    assert "Traceback" not in run("iddpm_convert", "net.pt", *known, "--out", "net.safetensors", status=1)
+
+
+def test_diffusers_is_not_imported_unasked(run):
+    said = run("python", "import sys, iddpm_nb.cli, iddpm_nb.interop; print('diffusers' in sys.modules)")
+    assert said.strip() == "False"

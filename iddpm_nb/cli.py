@@ -155,7 +155,7 @@ def iddpm_eval(args=None):
     look = lambda split: load_images(o.data or c["data"], split, c["image_size"], c["root"], "L" if c["grey"] else "RGB")
     held = look("test")
     b = model.bits_per_dim(held.images[:o.n], o.num_t, o.seed, clip_x0=o.clip_x0, progress=True, cond=labels_of(model, held, o.n))
-    result = {"images": held.name, "n": len(b.total), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr, "decoder": b.decoder.mean().item(),
+    result = {"images": held.name, "n": len(b.total), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(b.total) > 1 else None, "decoder": b.decoder.mean().item(),
               "prior": b.prior.mean().item(), "evaluated_t": b.t.shape[1], "T": len(model.schedule), "clip_x0": o.clip_x0, "seed": o.seed}
     print(f"bits/dim {result['bits_per_dim']:.4f} +- {b.stderr:.4f} on {len(b.total)} images of {held.name}, {result['evaluated_t']} of {len(model.schedule)} terms each")
     print(f"of this: decoder (t = 0) {result['decoder']:.4f}, prior {result['prior']:.2e}")

@@ -199,7 +199,7 @@ def judge_held_out(model:Bundle, held:Images, real:Tensor, progress:bool) -> dic
     "bits/dim of at most 1,000 held-out images, and how far they lie from the training images."
     x0 = to_float(held.images[:1000])
     b = model.bits_per_dim(x0, num_t=min(74, len(model.schedule)), progress=progress)
-    return {"n": len(x0), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr, "num_t": b.t.shape[1], "distance_to_nearest_training_image": nearest(x0, real).median().item()}
+    return {"n": len(x0), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(x0) > 1 else None, "num_t": b.t.shape[1], "distance_to_nearest_training_image": nearest(x0, real).median().item()}
 
 def judge(model:Bundle, c:Config, d:Images, folder:Path, progress:bool) -> dict: # for result.json
     "100 samples, drawn into samples.png and measured; and the held-out images, if there are any."
@@ -210,9 +210,9 @@ def judge(model:Bundle, c:Config, d:Images, folder:Path, progress:bool) -> dict:
     held = images_of(c, "test")
     result["held_out"] = judge_held_out(model, held, real, progress)
     if c.data.data == "digits":
-        sure = lambda images: (class_probs(images, real, d.labels).max(1).values > 0.9).double().mean().item()
-        result["samples"]["share_a_classifier_is_sure_of"] = sure(x)
-        result["held_out"]["share_a_classifier_is_sure_of"] = sure(to_float(held.images))
+        sure = (class_probs(torch.cat([x, to_float(held.images)]), real, d.labels).max(1).values > 0.9).double()
+        result["samples"]["share_a_classifier_is_sure_of"] = sure[:len(x)].mean().item()
+        result["held_out"]["share_a_classifier_is_sure_of"] = sure[len(x):].mean().item()
         result["bits_per_dim_without_a_network"] = histogram_bits(d.images)
     return result
 
@@ -222,7 +222,8 @@ def report(result:dict, folder:Path, saved:Path) -> str:
     lines = [f"{result['steps']} steps; training took {result['seconds_of_training']:.0f} s", f"  samples     {folder / 'samples.png'} (last row: real images)",
              f"  curve       {folder / 'curve.png'}", f"  checkpoint  {saved}", f"  metrics     {folder / 'result.json'}"]
     if h := result["held_out"]:
-        lines += [f"held-out bits/dim {h['bits_per_dim']:.3f} +- {h['stderr']:.3f}, estimated from {h['num_t']} of the steps t",
+        spread = f" +- {h['stderr']:.3f}" if h["stderr"] is not None else ""
+        lines += [f"held-out bits/dim {h['bits_per_dim']:.3f}{spread}, estimated from {h['num_t']} of the steps t",
                   f"median distance to the nearest training image: samples {result['samples']['distance_to_nearest_training_image']:.3f}, held-out {h['distance_to_nearest_training_image']:.3f}"]
     if b := result.get("bits_per_dim_without_a_network"):
         lines += ["bits/dim without a network: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in b.items()),

@@ -101,7 +101,7 @@ def training_state(
     device = next(run.net.parameters()).device
     rng = {"torch": torch.get_rng_state(), "run": run.generator.get_state()}
     if device.type == "cuda": rng["cuda"] = torch.cuda.get_rng_state(device)
-    return {"step": run.step, "opt": run.opt.state_dict(), "emas": {e.rate: e.step for e in run.emas}, "sampler": run.sampler.state_dict(),
+    return {"step": run.step, "seconds": run.seconds, "opt": run.opt.state_dict(), "emas": {e.rate: e.step for e in run.emas}, "sampler": run.sampler.state_dict(),
             "batches": run.batches.state_dict(), "rng": rng, "device": device.type}
 
 def read_state(
@@ -123,13 +123,13 @@ def restore_state(
     "Put a training back where it stood, all but the weights."
     check_state(run, state)
     run.sampler.load_state_dict(state["sampler"]); run.batches.load_state_dict(state["batches"])
-    run.step = state["step"]
+    run.step, run.seconds = state["step"], state["seconds"]
     run.opt.load_state_dict(state["opt"])
     for e in run.emas: e.step = state["emas"][e.rate]
-    device, rng = next(run.net.parameters()).device.type, state["rng"]
+    device, rng = next(run.net.parameters()).device, state["rng"]
     torch.set_rng_state(rng["torch"])
-    if device == "cuda" and "cuda" in rng: torch.cuda.set_rng_state(rng["cuda"])
-    if device == state["device"]: run.generator.set_state(rng["run"])
+    if device.type == "cuda" and "cuda" in rng: torch.cuda.set_rng_state(rng["cuda"], device)
+    if device.type == state["device"]: run.generator.set_state(rng["run"])
     else: run.generator.manual_seed(run.generator.initial_seed() + run.step)   # another device draws other numbers: at least none twice
 
 # %% ../nbs/08a_checkpoints.ipynb #108075c9
@@ -168,7 +168,8 @@ def save_checkpoint(
     if final.exists(): shutil.rmtree(before, ignore_errors=True); os.replace(final, before)
     os.replace(aside, final); sync(final.parent)
     shutil.rmtree(before, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]: shutil.rmtree(old)
+    others = [p for p in checkpoints(folder) if p != final]
+    for old in others[:max(0, len(others) - keep + 1)]: shutil.rmtree(old)
     return final
 
 # %% ../nbs/08a_checkpoints.ipynb #64c27c37
@@ -194,6 +195,10 @@ def resume(
     run:Training, # a training built as the saved one was
 ) -> Path | None: # the checkpoint, or None if there is none
     "Continue from the latest whole checkpoint."
+    damaged = []
     for path in reversed(checkpoints(folder)):
-        if whole(path): restore(path, run); return path
-        warnings.warn(f"{path} is damaged: going back to the one before", stacklevel=2)
+        if whole(path):
+            restore(path, run)
+            for p in damaged: os.replace(p, p.with_name(f".{p.name}.damaged"))     # or it would be taken for the latest again
+            return path
+        warnings.warn(f"{path} is damaged: going back to the one before", stacklevel=2); damaged.append(path)

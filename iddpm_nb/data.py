@@ -7,6 +7,7 @@ __all__ = ['SUFFIXES', 'TORCHVISION', 'to_float', 'to_uint8', 'Images', 'shipped
            'from_npz', 'from_torchvision', 'every_tenth', 'load_images', 'Batches']
 
 # %% ../nbs/00_data.ipynb #3a2570a7
+import hashlib
 import io
 from dataclasses import dataclass
 from importlib.resources import files
@@ -114,6 +115,7 @@ def from_npz(
     pick = lambda *keys: next((f[k] for k in keys if k in f), None)
     x, y, names = pick("images", "arr_0"), pick("labels", "arr_1"), pick("classes")
     if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4): raise ValueError(f"{path} must hold uint8 images as `images` (or `arr_0`), (N,H,W) or (N,H,W,C); it holds {({k: (str(v.dtype), v.shape) for k, v in f.items()})}")
+    if not len(x): raise ValueError(f"{path} holds no images")
     x = torch.from_numpy(x)
     if x.ndim == 3: x = x[:, None]
     elif x.shape[-1] in (1, 3): x = x.permute(0, 3, 1, 2).contiguous()
@@ -130,6 +132,7 @@ def from_torchvision(
     root:str="data",     # where the download is kept
 ) -> Images:
     "A torchvision data set, downloaded on first use."
+    if split not in ("train", "test"): raise ValueError(f"split must be train or test; got {split!r}")
     import torchvision.datasets as sets
     try: d = getattr(sets, TORCHVISION[name])(root, train=split == "train", download=True)
     except Exception as e: raise OSError(f"{name} is not in {Path(root).resolve()} and could not be downloaded there ({e})") from e
@@ -179,6 +182,7 @@ class Batches:
         if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
         self.images, self.labels, self.batch, self.device = data.images.to(device), data.labels, batch, device
         if self.labels is not None: self.labels = self.labels.to(device)
+        self.sum = hashlib.sha256(data.images.cpu().contiguous().numpy().tobytes()).hexdigest()
         self.generator = torch.Generator().manual_seed(seed)
         self.order, self.pos = torch.empty(0, dtype=torch.long), 0
 
@@ -194,7 +198,8 @@ class Batches:
         i = self.indices().to(self.device, non_blocking=True)
         return to_float(self.images[i]), None if self.labels is None else self.labels[i]
 
-    def state_dict(self): return {"order": self.order[self.pos:], "generator": self.generator.get_state()}
+    def state_dict(self): return {"order": self.order[self.pos:].clone(), "generator": self.generator.get_state(), "images": self.sum}
     def load_state_dict(self, state):
+        if state["images"] != self.sum: raise ValueError("these are not the images that the checkpoint was trained on: restore them, or start a new run")
         self.order, self.pos = state["order"], 0
         self.generator.set_state(state["generator"])

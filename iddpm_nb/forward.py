@@ -27,14 +27,14 @@ class Schedule:
         t_model=None,  # T numbers shown to the network; None: t times 1000/T
     ) -> "Schedule":
         "All tables from the betas, formed in float64."
-        beta = torch.as_tensor(beta, dtype=torch.float64)
+        beta = torch.as_tensor(beta, dtype=torch.float64).clone()     # nobody else's memory
         T = len(beta) if beta.ndim == 1 else 0
         if T < 2: raise ValueError(f"a schedule needs a list of at least 2 steps, got betas of shape {tuple(beta.shape)}")
         if not ((beta > 0) & (beta < 1)).all(): raise ValueError(f"every beta must lie strictly between 0 and 1, got {beta.min():.3g} to {beta.max():.3g}")
         alpha_bar = (1 - beta).cumprod(0)
         prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         t_model = torch.arange(T, device=beta.device) * (1000 / T) if t_model is None else t_model
-        t_model = torch.as_tensor(t_model, dtype=torch.float64, device=beta.device)
+        t_model = torch.as_tensor(t_model, dtype=torch.float64, device=beta.device).clone()
         if t_model.shape != beta.shape: raise ValueError(f"{T} betas but t_model of shape {tuple(t_model.shape)}")
         return cls(beta, 1 - beta, alpha_bar, prev, beta * (1 - prev) / (1 - alpha_bar), t_model)
 

@@ -71,7 +71,7 @@ class LossSecondMomentSampler:
 
     def probs(self) -> Tensor: # float64 (T,), sums to 1
         "p_t, now."
-        w = self.history[:-1].square().mean(1).sqrt()
+        w = self.history[:-1].nan_to_num(0, 0, 0).square().mean(1).sqrt()     # a loss that is no number is for the training loop to report
         p = (1 - self.uniform_prob) * w / w.sum() + self.uniform_prob / self.T
         ready = (self.count[:-1] >= self.size).all() & (w.sum() > 0)
         return torch.where(ready, p, torch.full_like(p, 1 / self.T))
@@ -90,9 +90,9 @@ class LossSecondMomentSampler:
         if t.device.type == "cpu" and len(t) and not (0 <= t.min() and t.max() < self.T): raise IndexError(f"t must lie in 0..{self.T - 1}, got {t.min()}..{t.max()}")
         device = "cpu" if losses.device.type == "mps" else losses.device      # MPS has no float64
         self.history, self.count = self.history.to(device), self.count.to(device)
-        remember(self.history, self.count, t.to(device), losses.detach().to(device).double())
+        remember(self.history, self.count, t.to(device).long(), losses.detach().to(device).double())
 
-    def state_dict(self): return {"history": self.history, "count": self.count}
+    def state_dict(self): return {"history": self.history.clone(), "count": self.count.clone()}
     def load_state_dict(self, state):
         shape = (len(state["history"]) - 1, state["history"].shape[1]) if state else "nothing"
         if shape != (self.T, self.size): raise ValueError(f"this state holds losses for (steps, history) = {shape}, the sampler needs {(self.T, self.size)}")

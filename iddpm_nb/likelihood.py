@@ -50,8 +50,8 @@ def check_images(x0, cond):
     if not x0.is_floating_point() or x0.ndim < 2 or not len(x0) or not (x0.abs() <= 1).all():
         span = f" from {x0.min():.3g} to {x0.max():.3g}" if x0.numel() else ""
         raise ValueError(f"images must be floats (B,C,H,W) in [-1,1], at least one; got {x0.dtype} {tuple(x0.shape)}{span}: use data.to_float")
-    level = (x0.double() + 1) * 127.5
-    if (level - level.round()).abs().max() > 0.01: warnings.warn("these images do not lie on the 256 levels k/127.5 - 1 of 8-bit pixels (data.to_float of uint8): are they in [0,1]? Their bits per dimension compare with nothing", stacklevel=3)
+    level = (x0.cpu().double() + 1) * 127.5
+    if (level - level.round()).abs().max() > 0.01: warnings.warn("these images do not lie on the 256 levels k/127.5 - 1 of 8-bit pixels (data.to_float of uint8): are they in [0,1]? Their bits per dimension compare with nothing", stacklevel=4)
     for k, v in (cond or {}).items():
         if len(v) != len(x0): raise ValueError(f"cond[{k!r}] must have a row for each of the {len(x0)} images, got {len(v)}")
 

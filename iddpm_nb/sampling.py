@@ -157,6 +157,7 @@ def chain(
 ) -> Iterator[Step]:
     "The reverse chain step by step, from t = T-1 to 0. The network is used in the mode in which it is."
     if method not in ("ddpm", "ddim"): raise ValueError(f"unknown method {method!r}: choose ddpm or ddim")
+    if variance not in ("learned", "beta", "beta_tilde"): raise ValueError(f"unknown variance {variance!r}: choose learned, beta or beta_tilde")
     if method == "ddpm" and eta: raise ValueError(f"eta = {eta} belongs to method='ddim'; the noise of ddpm is chosen by `variance`")
     for i in reversed(range(len(s))):
         t = torch.full((len(x),), i, device=x.device)

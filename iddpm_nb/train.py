@@ -39,7 +39,7 @@ def autocast(
     "The context in which the network is called; the mathematics around it stays float32."
     kind = torch.device(device).type
     if precision not in ("auto", "float32", "bfloat16"): raise ValueError(f"unknown precision {precision!r}: choose auto, float32 or bfloat16")
-    bf16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)    # older ones emulate it, slowly
     return torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext()
 
 # %% ../nbs/08_training.ipynb #d519040b
@@ -116,6 +116,7 @@ class Training:
     batches: object            # an iterator of (x0, labels or None) with state_dict, such as `Batches`
     generator: torch.Generator # of t and noise, on the network's device
     step: int = 0              # steps done
+    seconds: float = 0.0       # spent on them, over all sessions
 
 def start_training(
     net:nn.Module,     # the network, on its device
@@ -143,7 +144,7 @@ def train(
     lr:float=1e-4, warmup:int=0, anneal:bool=False, # see `learning_rate`
     precision:str="auto", # see `autocast`
     lam:float=0.001,   # see `objective`
-) -> Iterator[dict]: # after each step: step, t, losses, lr; tensors stay where they are
+) -> Iterator[dict]: # after each step: step, t, losses before weighting, weights, lr; tensors stay where they are
     "The training loop, as a generator: draw, save or stop between any two steps."
     device = next(run.net.parameters()).device
     s = s.to(device)
@@ -158,14 +159,14 @@ def train(
         run.sampler.update(t, losses)
         for ema in run.emas: ema.update(run.net)
         run.step += 1
-        yield {"step": run.step, "t": t, "losses": losses, "lr": now}
+        yield {"step": run.step, "t": t, "losses": losses, "weights": w, "lr": now}
 
 # %% ../nbs/08_training.ipynb #6f0bf1b4
 def read_losses(
     seen:list, # metrics of `train`, one dict per step
 ) -> list[float]: # mean loss of each step
     "Read losses off the device, the one moment at which a GPU is waited for. The first that is not finite is an error."
-    means = torch.stack([m["losses"].mean() for m in seen]).tolist()
+    means = torch.stack([(m["losses"] * m["weights"]).mean() for m in seen]).tolist()
     for m, mean in zip(seen, means):
         if math.isfinite(mean): continue
         bad = ", ".join(map(str, m["t"][~m["losses"].isfinite()].unique().tolist()[:8]))

@@ -43,6 +43,7 @@ def split_out(
     C = xt.shape[1]
     if out.shape[0] != xt.shape[0] or out.shape[2:] != xt.shape[2:] or out.shape[1] not in (C, 2 * C):
         raise ValueError(f"the network returned {tuple(out.shape)} for images {tuple(xt.shape)}: it must return {C} channels, or {2 * C} with a learned variance")
+    out = out.to(torch.promote_types(out.dtype, xt.dtype))      # a network may run in bfloat16, the mathematics may not
     return out[:, :C], out[:, C:] if out.shape[1] == 2 * C else None
 
 class Gaussian(NamedTuple):

@@ -11,6 +11,7 @@ __all__ = ['RENAME', 'CIFAR', 'IMAGENET', 'LSUN', 'PRESETS', 'NEEDED', 'official
 import dataclasses
 import pickle
 import re
+from importlib import import_module
 from pathlib import Path
 from statistics import mode
 import torch
@@ -221,3 +222,8 @@ def load_openai(
     return read_openai(path, device, preset, **given)[:2]
 
 READERS.append(lambda path, device, preset: read_openai(path, device, preset))
+
+# %% ../nbs/14_interop.ipynb #40277910
+def __getattr__(name):     # asked for what this module has not
+    if name not in ("to_diffusers", "schedule_to_diffusers", "schedule_from_diffusers"): raise AttributeError(f"module 'iddpm_nb.interop' has no attribute {name!r}")
+    return getattr(import_module("iddpm_nb.bridge"), name)

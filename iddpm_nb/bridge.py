@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from .forward import Schedule
-from .run import Bundle
+from .bundle import Bundle
 from .schedule import cosine_betas
 from .unet import Attention, Down, ResBlock, UNet, Up, timestep_embedding
 try:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sync', 'write', 'save_model', 'read_model', 'build', 'check_weights', 'load_model', 'training_state', 'read_state',
-           'check_state', 'restore_state', 'ema_file', 'checksum', 'checkpoints', 'write_files', 'save_checkpoint',
-           'whole', 'restore', 'resume']
+           'check_state', 'restore_state', 'ema_file', 'checksum', 'checkpoints', 'best', 'prune', 'write_files',
+           'save_checkpoint', 'whole', 'restore', 'resume']
 
 # %% ../nbs/08a_checkpoints.ipynb #2ae3bb2e
 import hashlib
@@ -99,9 +99,9 @@ def training_state(
 ) -> dict:
     "All that a training must remember besides weights: optimizer, averages' ages, losses seen, random states, place in the data."
     device = next(run.net.parameters()).device
-    rng = {"torch": torch.get_rng_state(), "run": run.generator.get_state()}
-    if device.type == "cuda": rng["cuda"] = torch.cuda.get_rng_state(device)
-    return {"step": run.step, "seconds": run.seconds, "opt": run.opt.state_dict(), "emas": {e.rate: e.step for e in run.emas}, "sampler": run.sampler.state_dict(),
+    rng = {"torch": run.team.gather(torch.get_rng_state()[None]), "run": run.generator.get_state()}     # dropout's: a row for each process
+    if device.type == "cuda": rng["cuda"] = run.team.gather(torch.cuda.get_rng_state(device)[None])
+    return {"step": run.step, "seconds": run.seconds, "opt": run.opt.state_dict(), "emas": {e.name: e.step for e in run.emas}, "sampler": run.sampler.state_dict(),
             "batches": run.batches.state_dict(), "rng": rng, "device": device.type}
 
 def read_state(
@@ -113,7 +113,7 @@ def read_state(
         raise ValueError(f"{path} is not a training state: it is cut short, or holds more than tensors and numbers; nothing in it was run") from e
 
 def check_state(run, state): # one sentence if a state belongs to another kind of training
-    if (mine := [e.rate for e in run.emas]) != list(state["emas"]): raise ValueError(f"the checkpoint has averages of rates {list(state['emas'])}, this training has {mine}")
+    if (mine := [e.name for e in run.emas]) != list(state["emas"]): raise ValueError(f"the checkpoint has averages {', '.join(state['emas'])}, this training has {', '.join(mine)}")
     if run.sampler.state_dict().keys() != state["sampler"].keys(): raise ValueError("the checkpoint draws t with another sampler (uniform or importance) than this training")
 
 def restore_state(
@@ -125,15 +125,16 @@ def restore_state(
     run.sampler.load_state_dict(state["sampler"]); run.batches.load_state_dict(state["batches"])
     run.step, run.seconds = state["step"], state["seconds"]
     run.opt.load_state_dict(state["opt"])
-    for e in run.emas: e.step = state["emas"][e.rate]
-    device, rng = next(run.net.parameters()).device, state["rng"]
-    torch.set_rng_state(rng["torch"])
-    if device.type == "cuda" and "cuda" in rng: torch.cuda.set_rng_state(rng["cuda"], device)
+    for e in run.emas: e.step = state["emas"][e.name]
+    device, rng, rank = next(run.net.parameters()).device, state["rng"], run.team.rank
+    if len(rng["torch"]) == run.team.size: torch.set_rng_state(rng["torch"][rank])
+    else: torch.manual_seed(run.generator.initial_seed() + 1 + 1000 * rank + run.step)     # another number of processes: other dropout, but none twice
+    if device.type == "cuda" and len(rng.get("cuda", ())) == run.team.size: torch.cuda.set_rng_state(rng["cuda"][rank], device)
     if device.type == state["device"]: run.generator.set_state(rng["run"])
     else: run.generator.manual_seed(run.generator.initial_seed() + run.step)   # another device draws other numbers: at least none twice
 
 # %% ../nbs/08a_checkpoints.ipynb #108075c9
-def ema_file(rate): return f"ema_{rate}.safetensors"
+def ema_file(name): return f"ema_{name}.safetensors"
 def checksum(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def checkpoints(
@@ -143,11 +144,23 @@ def checkpoints(
     found = [p for p in Path(folder).glob("[0-9]*") if p.is_dir() and p.stem.isdigit() and p.suffix in ("", ".old")]
     return sorted(found, key=lambda p: (int(p.stem), not p.suffix))
 
-def write_files(folder, run, config): # the files of one checkpoint, their checksums last
+def best(
+    folder:Path, # the run's checkpoints
+) -> dict: # "step" and "score" of the one with the lowest score; empty if none had any
+    "What best.json says."
+    try: return json.loads((Path(folder) / "best.json").read_bytes())
+    except (OSError, ValueError): return {}
+
+def prune(folder, final, keep): # delete all but the last `keep` checkpoints, one of which is `final`, and the best
+    others = [p for p in checkpoints(folder) if p != final]
+    for old in others[:max(0, len(others) - keep + 1)]:
+        if int(old.stem) != best(folder).get("step"): shutil.rmtree(old)
+
+def write_files(folder, run, config, state): # the files of one checkpoint, their checksums last
     save_model(folder / "model.safetensors", run.net, config)
-    for e in run.emas: save_model(folder / ema_file(e.rate), e.net, config)
-    torch.save(training_state(run), state := io.BytesIO())
-    write(folder / "state.pt", state.getvalue())
+    for e in run.emas: save_model(folder / ema_file(e.name), e.net, config)
+    torch.save(state, data := io.BytesIO())
+    write(folder / "state.pt", data.getvalue())
     write(folder / "checksums.json", json.dumps({p.name: checksum(p) for p in sorted(folder.iterdir())}, indent=1).encode())
 
 def save_checkpoint(
@@ -155,21 +168,24 @@ def save_checkpoint(
     run:Training, # what to save
     config:dict,  # see `save_model`
     keep:int=2,   # how many of the latest to keep, at least 1
+    score:float|None=None, # the lower the better; the best checkpoint is kept too
 ) -> Path: # its folder
-    "One checkpoint, atomically: a folder named by its step, with weights, averages, training state and their checksums."
+    "One checkpoint, atomically: a folder named by its step, with weights, averages, training state and their checksums. Every process of a team calls it, the first one writes."
     if keep < 1: raise ValueError(f"at least the latest checkpoint must be kept, got keep = {keep}")
     if not torch.stack([p.isfinite().all() for p in run.net.parameters()]).all():
         raise FloatingPointError(f"the weights are not finite at step {run.step}, so they were not saved; the latest checkpoint is {(checkpoints(folder) or ['none'])[-1]}")
-    final = Path(folder) / f"{run.step:07d}"
+    final, state = Path(folder) / f"{run.step:07d}", training_state(run)
+    if run.team.rank: return final
     aside, before = final.with_name(f".{final.name}.part"), final.with_name(f"{final.name}.old")
-    for left in final.parent.glob(".*.part"): shutil.rmtree(left)      # of a run that died while saving
+    for left in final.parent.glob(".*.part"): shutil.rmtree(left, ignore_errors=True)      # of a run that died while saving
     aside.mkdir(parents=True)
-    write_files(aside, run, config)
+    try: write_files(aside, run, config, state)
+    except OSError: shutil.rmtree(aside, ignore_errors=True); raise
     if final.exists(): shutil.rmtree(before, ignore_errors=True); os.replace(final, before)
     os.replace(aside, final); sync(final.parent)
     shutil.rmtree(before, ignore_errors=True)
-    others = [p for p in checkpoints(folder) if p != final]
-    for old in others[:max(0, len(others) - keep + 1)]: shutil.rmtree(old)
+    if score is not None and not score >= best(folder).get("score", float("inf")): write(Path(folder) / "best.json", json.dumps({"step": run.step, "score": score}).encode())
+    prune(folder, final, keep)
     return final
 
 # %% ../nbs/08a_checkpoints.ipynb #64c27c37
@@ -184,7 +200,7 @@ def whole(
 def restore(path, run): # put a training back where a checkpoint has it, or leave it as it is
     state, files = read_state(path / "state.pt"), {path / "model.safetensors": run.net}
     check_state(run, state)
-    files |= {path / ema_file(e.rate): e.net for e in run.emas}
+    files |= {path / ema_file(e.name): e.net for e in run.emas}
     weights = {p: read_model(p)[0] for p in files}
     for p, net in files.items(): check_weights(net, weights[p], p)
     restore_state(run, state)
@@ -199,6 +215,7 @@ def resume(
     for path in reversed(checkpoints(folder)):
         if whole(path):
             restore(path, run)
-            for p in damaged: os.replace(p, p.with_name(f".{p.name}.damaged"))     # or it would be taken for the latest again
+            if run.team.rank == 0:
+                for p in damaged: os.replace(p, p.with_name(f".{p.name}.damaged"))     # or it would be taken for the latest again
             return path
         warnings.warn(f"{path} is damaged: going back to the one before", stacklevel=2); damaged.append(path)

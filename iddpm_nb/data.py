@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'TORCHVISION', 'to_float', 'to_uint8', 'Images', 'shipped', 'digits', 'read_image', 'from_folder',
-           'from_npz', 'from_torchvision', 'every_tenth', 'load_images', 'Batches']
+           'from_npz', 'from_torchvision', 'every_tenth', 'of_size', 'load_images', 'mirrored', 'Batches']
 
 # %% ../nbs/00_data.ipynb #3a2570a7
 import hashlib
@@ -152,10 +152,18 @@ def every_tenth(
     return Images(d.images[i], None if d.labels is None else d.labels[i], d.classes, f"{d.name}/{split}")
 
 # %% ../nbs/00_data.ipynb #86431933
+def of_size(
+    x:Tensor,  # uint8 (N,C,28,28)
+    size:int,  # 32, 16, 8 or 4
+) -> Tensor: # uint8 (N,C,size,size)
+    "Images of 28x28, as MNIST's, in a size that can be halved: a black frame makes 32x32, means of blocks make it smaller."
+    x = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    return torch.nn.functional.avg_pool2d(x.float(), 32 // size).round().to(torch.uint8)
+
 def load_images(
     data:str="digits",    # "digits", "mnist", "fashionmnist", "cifar10", a folder of images, or an .npz
     split:str="train",    # "train", "test" or "all"; of a folder or an .npz every tenth image is the test split
-    size:int|None=None,   # image size: files are scaled and cropped to it, everything else must already have it
+    size:int|None=None,   # image size: files are scaled and cropped to it, mnist is padded to 32 (see `of_size`), everything else must already have it
     root:str="data",      # where downloads are kept
     mode:str="RGB",       # how image files are read: "RGB" or "L"
 ) -> Images:
@@ -167,10 +175,18 @@ def load_images(
     elif p.suffix == ".npz": d = from_npz(p)
     else: raise ValueError(f"unknown data {data!r}: give digits, {', '.join(TORCHVISION)}, a folder of images, or an .npz file")
     if data not in ("digits", *TORCHVISION): d = every_tenth(d, split)
+    if data in ("mnist", "fashionmnist") and size in (32, 16, 8, 4): d = Images(of_size(d.images, size), d.labels, d.classes, d.name)
     if size and d.images.shape[-2:] != (size, size): raise ValueError(f"{data} has images of {tuple(d.images.shape[-2:])}, not {size}x{size}")
     return d
 
 # %% ../nbs/00_data.ipynb #2907f555
+def mirrored(
+    x:Tensor,     # images (B,C,H,W)
+    which:Tensor, # bool (B,)
+) -> Tensor: # the same, those mirrored left to right
+    "Some images mirrored. No number is read: which ones is decided on the images' device."
+    return torch.where(which.to(x.device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+
 class Batches:
     "Endless shuffled batches. Every image comes once before any comes twice; `state_dict` holds the exact position."
     def __init__(self,
@@ -178,8 +194,11 @@ class Batches:
         batch:int=64,       # images a batch
         seed:int=0,         # fixes the order
         device="cpu",       # the whole set is moved there once, as uint8
+        flip:bool=False,    # mirror every image left to right with probability 1/2
+        share:tuple=(0, 1), # (i, n): hand out only the i-th of n equal parts of each batch
     ):
-        if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
+        if batch < 1 or batch % share[1]: raise ValueError(f"batch must be at least 1" + (f" and a multiple of the number of processes, {share[1]}" if share[1] > 1 else "") + f", got {batch}")
+        self.flip, self.part = flip, slice(batch // share[1] * share[0], batch // share[1] * (share[0] + 1))
         self.images, self.labels, self.batch, self.device = data.images.to(device), data.labels, batch, device
         if self.labels is not None: self.labels = self.labels.to(device)
         self.sum = hashlib.sha256(data.images.cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -195,8 +214,10 @@ class Batches:
 
     def __iter__(self): return self
     def __next__(self): # -> x0 float32 (B,C,H,W) in [-1,1], labels int64 (B,) or None
-        i = self.indices().to(self.device, non_blocking=True)
-        return to_float(self.images[i]), None if self.labels is None else self.labels[i]
+        i, mirror = self.indices()[self.part], torch.rand(self.batch, generator=self.generator)[self.part] < 0.5 if self.flip else None
+        i = i.to(self.device, non_blocking=True)
+        x = self.images[i] if mirror is None else mirrored(self.images[i], mirror)
+        return to_float(x), None if self.labels is None else self.labels[i]
 
     def state_dict(self): return {"order": self.order[self.pos:].clone(), "generator": self.generator.get_state(), "images": self.sum}
     def load_state_dict(self, state):

@@ -21,7 +21,7 @@ from torch import nn
 from . import __version__
 from .config import Config, DataConfig, DiffusionConfig, ModelConfig
 from .forward import Schedule
-from .run import READERS, is_ours
+from .bundle import READERS, is_ours
 from .schedule import make_schedule
 from .unet import UNet
 

@@ -6,7 +6,8 @@ import torch
 from iddpm_nb.checkpoint import checkpoints, resume, save_checkpoint, whole
 from iddpm_nb.data import Batches, Images
 from iddpm_nb.importance import LossSecondMomentSampler, UniformSampler
-from iddpm_nb.train import read_losses, start_training
+from iddpm_nb.train import start_training
+from iddpm_nb.watching import read_metrics
 
 
 def training():
@@ -31,7 +32,8 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
 
 def test_the_logged_loss_is_the_weighted_one():
     losses, weights = torch.tensor([1.0, 9.0]), torch.tensor([2.0, 0.5])
-    assert read_losses([{"losses": losses, "weights": weights, "t": torch.tensor([0, 1]), "step": 1}]) == [pytest.approx(3.25)]
+    m = {"losses": losses, "weights": weights, "t": torch.tensor([0, 1]), "T": 4, "step": 1, "grad_norm": torch.tensor(1.0)}
+    assert read_metrics([m])["loss"] == pytest.approx(3.25)
 
 
 def test_a_loss_that_is_no_number_leaves_the_sampler_usable():

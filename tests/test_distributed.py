@@ -1,0 +1,166 @@
+"""Several processes train, sample and measure as one does: through the library, and through the commands under torchrun."""
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, clean_env
+
+LIBRARY = '''
+import sys, torch
+from iddpm_nb.data import Batches, digits, to_float
+from iddpm_nb.distributed import check_agreement, join, spread
+from iddpm_nb.importance import LossSecondMomentSampler
+from iddpm_nb.likelihood import bits_per_dim
+from iddpm_nb.sampling import sample
+from iddpm_nb.schedule import make_schedule
+from iddpm_nb.train import start_training, train
+from iddpm_nb.unet import UNet
+
+def twenty_steps(team):
+    s = make_schedule("cosine", 20)
+    torch.manual_seed(0)
+    net = UNet(1, 2, 16, (1, 1), 1, (4,), image_size=8, num_heads=2, num_classes=10)
+    run = start_training(net, Batches(digits(), 24, 5, flip=True, share=(team.rank, team.size)), LossSecondMomentSampler(20, 2), ema_rates=(0.9,), plain_rates=(0.99,), team=team)
+    run.ask = team.wrap(net)
+    lengths = [float(m["grad_norm"]) for m in train(run, s, 20, "vlb", lr=1e-3, micro=7)]      # 12 images a process: portions of 7 and 5
+    check_agreement(run)
+    model, g, d = spread(run.emas[0].net, team), lambda: torch.Generator().manual_seed(1), digits("test")
+    images = sample(model, s, (7, 1, 8, 8), 10, generator=g(), cond={"y": torch.arange(7)}, progress=False, chunk=5)
+    bits = bits_per_dim(model, s, to_float(d.images[:5]), num_t=12, generator=g(), cond={"y": d.labels[:5]})
+    return {"gradient": torch.cat([p.grad.flatten() for p in net.parameters()]), "history": run.sampler.history[:-1], "probs": run.sampler.probs(),
+            "lengths": torch.tensor(lengths), "images": images, "bits": bits.total}
+
+if __name__ == "__main__":
+    with join("cpu") as team: torch.save(twenty_steps(team), f"{sys.argv[1]}/{team.rank}.pt")
+'''
+
+
+def torchrun(site, *args, n=2, folder, wait=True, **kw):
+    "A program started by torchrun, as a user starts it."
+    env = clean_env(PYTHONPATH=str(site), PATH=f"{site / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    p = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, args)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    if not wait: return p
+    said, _ = p.communicate(timeout=300)
+    assert p.returncode == 0, said
+    return said
+
+
+def close(a, b, tol, what):
+    gap = ((a - b).abs().max() / b.abs().max()).item()
+    assert gap <= tol, f"{what}: {gap:.2g}"
+
+
+def test_two_processes_take_the_steps_of_one(site, tmp_path):
+    program = tmp_path / "twenty.py"
+    program.write_text(LIBRARY)
+    torchrun(site, program, tmp_path, folder=tmp_path)
+    two = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
+
+    spec = importlib.util.spec_from_file_location("twenty", program)
+    spec.loader.exec_module(twenty := importlib.util.module_from_spec(spec))
+    from iddpm_nb.train import Alone
+    one = twenty.twenty_steps(Alone())
+
+    assert one["probs"].max() > 2 / 20, "the sampler was still uniform: nothing was tested"
+    for k in one: assert two[0][k].equal(two[1][k]), f"the processes disagree about the {k}"
+    for k in ("gradient", "lengths"): close(two[0][k], one[k], 1e-5, k)
+    assert ((two[0]["history"] / one["history"] - 1).abs() <= 1e-5).all()
+    close(two[0]["images"], one["images"], 1e-4, "images"); close(two[0]["bits"], one["bits"], 1e-5, "bits/dim")
+
+
+STEPS = ["--steps", "120", "--save-every", "10", "--loss", "vlb", "--sampler", "importance", "--dropout", "0.1"]
+
+
+def newest(folder): # step of the latest checkpoint, 0 if there is none
+    return max([int(p.parent.name) for p in (folder / "checkpoints").glob("[0-9]*/checksums.json")], default=0)
+
+
+def wait_for(process, folder, step, limit=120):
+    end = time.time() + limit
+    while newest(folder) < step and process.poll() is None and time.time() < end: time.sleep(0.01)
+    assert process.poll() is None, f"ended before it could be stopped:\n{process.communicate()[0]}"
+    assert newest(folder) >= step, f"no checkpoint of step {step} within {limit} s"
+
+
+def workers(process): # the processes that torchrun has started
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as f: return [int(pid) for pid in f.read().split()]
+
+
+def logged(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(site, tmp_path_factory):
+    "A run of two processes that nobody disturbed."
+    folder = tmp_path_factory.mktemp("whole")
+    said = torchrun(site, "--no-python", "iddpm_train", "--out", "run", *STEPS, *TINY, folder=folder)
+    assert said.count("writing to") == 1 and said.count("held-out bits/dim") == 1, f"more than one process speaks, or none:\n{said}"
+    return folder / "run"
+
+
+def test_torchrun_makes_one_run(whole):
+    assert [p.name for p in whole.parent.iterdir()] == ["run"]
+    assert logged(whole) == sorted(set(logged(whole))) and logged(whole)[-1] == 120
+    result = json.loads((whole / "result.json").read_text())
+    assert result["processes"] == 2 and result["steps"] == 120 and (whole / "samples.png").is_file()
+
+
+def test_a_dead_process_and_a_sigterm_lose_nothing(site, whole, tmp_path):
+    start = ["--no-python", "iddpm_train", "--out", "run", *STEPS, *TINY]
+    go_on = ["--no-python", "iddpm_train", "--resume", "run", "--device", "cpu"]
+    run = tmp_path / "run"
+
+    p = torchrun(site, *start, folder=tmp_path, wait=False)
+    wait_for(p, run, 10)
+    os.kill(workers(p)[-1], signal.SIGKILL)                                # one process of the two; torchrun ends the other
+    said, _ = p.communicate(timeout=120)
+    assert p.returncode != 0
+
+    p, before = torchrun(site, *go_on, folder=tmp_path, wait=False), newest(run)
+    wait_for(p, run, before + 10)
+    p.send_signal(signal.SIGTERM)                                          # torchrun passes it on
+    said, _ = p.communicate(timeout=120)
+    stopped = newest(run)
+    assert before < stopped < 120 and said.count(f"stopped at step {stopped}") == 1, said
+
+    torchrun(site, *go_on, folder=tmp_path)
+    for file in (whole / "checkpoints" / "0000120").glob("*.safetensors"):
+        mine, its = safetensors.torch.load_file(run / "checkpoints" / "0000120" / file.name), safetensors.torch.load_file(file)
+        assert all(its[k].equal(mine[k]) for k in its), f"{file.name}: the weights differ after resuming"
+    assert logged(run)[-1] == 120 and logged(run) == sorted(set(logged(run)))
+
+    one = subprocess.run([sys.executable, str(site / "bin" / "iddpm_train"), "--resume", "run", "--steps", "125", "--device", "cpu"], cwd=tmp_path, env=clean_env(PYTHONPATH=str(site)), capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr                                 # and one process alone can go on
+    assert json.loads((run / "result.json").read_text()) | {"steps": 125, "processes": 1} == json.loads((run / "result.json").read_text())
+
+
+def test_two_processes_sample_and_measure_as_one(site, whole):
+    from iddpm_nb.data import digits, to_uint8
+    from iddpm_nb.run import load
+    said = torchrun(site, "--no-python", "iddpm_sample", "run", "--n", 5, "--steps", 10, "--out", "five.png", "--device", "cpu", folder=whole.parent)
+    assert said.count("5 images in") == 1, said
+    two = np.load(whole.parent / "five.npz")["images"].astype(int)
+    one = to_uint8(load(whole).sample(5, 10)).permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(two - one).max() <= 1 and two.std() > 10                 # rounding may decide between two levels
+
+    torchrun(site, "--no-python", "iddpm_eval", "run", "--n", 7, "--out", "bits.json", "--device", "cpu", folder=whole.parent)
+    two = json.loads((whole.parent / "bits.json").read_text())
+    assert two["n"] == 7 and abs(two["bits_per_dim"] - load(whole).bits_per_dim(digits("test").images[:7]).total.mean().item()) < 1e-4
+
+
+def test_what_a_team_cannot_do_is_one_sentence(site, tmp_path):
+    p = torchrun(site, "--no-python", "iddpm_train", *TINY[:-2], "--device", "cpu", "--batch", 9, "--steps", 10, folder=tmp_path, wait=False)
+    said, _ = p.communicate(timeout=120)
+    assert p.returncode != 0 and said.count("iddpm_train: batch must be at least 1 and a multiple of the number of processes, 2, got 9") == 1, said
+    env = clean_env(PYTHONPATH=str(site), WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
+    p = subprocess.run([sys.executable, "-c", "from iddpm_nb.distributed import join\nwith join('cpu', 0.02): pass"], env=env, capture_output=True, text=True)
+    assert p.returncode == 1 and "OSError: process 1 of 2 found no way to the others at 127.0.0.1:9" in p.stderr, p.stderr

@@ -34,20 +34,24 @@ class Bundle:
     schedule: Schedule  # the schedule it was trained with
     config: dict        # all about it
 
-    def sample(self, n:int=64, steps=50, seed:int=0, method:str="ddpm", eta:float=0.0, variance:str|None=None, progress:bool=False, cond:dict|None=None, **kwargs) -> Tensor: # (n,C,H,W) in [-1,1]
-        "n images; `steps` as in `space_timesteps`, None for all; of random classes, if the network has any and `cond` names none; see `sampling.sample` for the rest."
-        generator = torch.Generator(next(self.net.parameters()).device).manual_seed(seed)
-        if cond is None and getattr(self.net, "in_channels", 0) > (C := self.config["shape"][0]): raise ValueError(f"this network enlarges images: besides {C} noisy channels it asks for a small image, which must be given")
-        if cond is None and (k := getattr(self.net, "num_classes", None)): cond = {"y": torch.randint(k, (n,), generator=generator, device=generator.device)}
-        return sample(self.net, self.schedule, (n, *self.config["shape"]), steps, method, eta, generator, cond, progress=progress,
+    def sample(self, n:int=64, steps=50, seed:int=0, method:str="ddpm", eta:float=0.0, variance:str|None=None, progress:bool=False, cond:dict|None=None, guidance:float=1.0, **kwargs) -> Tensor: # (n,C,H,W) in [-1,1]
+        "n images; `steps` as in `space_timesteps`, None for all; of random classes, if there are any and `cond` names none; guided, if guidance is not 1 (chapter 12); see `sampling.sample` for the rest."
+        generator, cond = torch.Generator(next(self.net.parameters()).device).manual_seed(seed), dict(cond or {})
+        network, k = self.config.get("network", {}), len(self.config.get("classes", ()))
+        if (low := network.get("low_size")) and "low" not in cond: raise ValueError(f"this model enlarges images of {low}x{low}: give small ones, as cond={{'low': ...}}, or a base model that draws them (upsample.cascade)")
+        if network.get("num_classes") and "y" not in cond: cond["y"] = torch.randint(k, (n,), generator=generator, device=generator.device)
+        net = self.net if guidance == 1 else import_module("iddpm_nb.conditioning").Guided(self.net, guidance, k)
+        return sample(net, self.schedule, (n, *self.config["shape"]), steps, method, eta, generator, cond, progress=progress,
                       variance=variance or self.config["variance"], **kwargs)
 
-    def bits_per_dim(self, images:Tensor, num_t:int|None=None, seed:int=0, **kwargs) -> Bits:
-        "Bits per dimension of images, uint8 or float in [-1,1]; see `likelihood.bits_per_dim`."
+    def bits_per_dim(self, images:Tensor, num_t:int|None=None, seed:int=0, cond:dict|None=None, **kwargs) -> Bits:
+        "Bits per dimension of images, uint8 or float in [-1,1]; labels, if the network wants any, are `cond`'s y; small images it makes itself; see `likelihood.bits_per_dim`."
         device = next(self.net.parameters()).device
         x0 = (to_float(images) if images.dtype == torch.uint8 else images.float()).to(device)
         if list(x0.shape[1:]) != self.config["shape"]: raise ValueError(f"this model knows images {tuple(self.config['shape'])}, got {tuple(x0.shape[1:])}")
-        return bits_per_dim(self.net, self.schedule, x0, variance=self.config["variance"], num_t=num_t, generator=torch.Generator(device).manual_seed(seed), **kwargs)
+        generator, cond = torch.Generator(device).manual_seed(seed), dict(cond or {})
+        cond |= import_module("iddpm_nb.upsample").asked_for(self.config.get("network", {}), x0, cond.get("y"), cond.get("low"), generator)
+        return bits_per_dim(self.net, self.schedule, x0, variance=self.config["variance"], num_t=num_t, generator=generator, cond=cond, **kwargs)
 
 # %% ../nbs/10a_models.ipynb #18769174
 def weights_file(
@@ -98,12 +102,15 @@ def grid_file(
     n:int=64,     # how many
     real=None,    # real images for a row below, uint8 (10,C,H,W)
     progress:bool=False,
+    shown:Images|None=None, # real images, for an upsampler to enlarge
 ) -> Tensor: # the samples
-    "Draw a grid of samples with 50 steps (or as many as the chain has)."
+    "Draw a grid of samples with 50 steps (or as many as the chain has): of each class in turn; of an upsampler rows of small, enlarged and original images."
     from PIL import Image
-    x = model.sample(n, min(50, len(model.schedule)), seed, progress=progress)
+    up = import_module("iddpm_nb.upsample")
+    n, cond = up.to_show(model.config, n, shown)
+    x = model.sample(n, min(50, len(model.schedule)), seed, progress=progress, cond=cond)
     if path is None: return x
-    grid = image_grid(x, 10)
+    grid = image_grid(up.side_by_side(cond["low"], x, to_float(shown.images[:n])) if "low" in cond else x, 10)
     if real is not None: grid = torch.cat([grid, torch.full_like(grid[:, :12], 255), image_grid(real, 10)], 1)
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
@@ -111,9 +118,11 @@ def grid_file(
 
 def judge_held_out(model:Bundle, held:Images, real:Tensor, progress:bool) -> dict:
     "bits/dim of at most 1,000 held-out images, and how far they lie from the training images."
-    x0 = to_float(held.images[:1000])
-    b = model.bits_per_dim(x0, num_t=min(74, len(model.schedule)), progress=progress)
-    return {"n": len(x0), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(x0) > 1 else None, "num_t": b.t.shape[1], "distance_to_nearest_training_image": nearest(x0, real).median().item()}
+    x0, y = to_float(held.images[:1000]), held.labels
+    network = model.config["network"]
+    b = model.bits_per_dim(x0, num_t=min(74, len(model.schedule)), progress=progress, cond={"y": y[:1000]} if network.get("num_classes") and y is not None else None)
+    given = ["label"] * bool(network.get("num_classes")) + ["small image"] * bool(network.get("low_size"))
+    return {"n": len(x0), "given": given, "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(x0) > 1 else None, "num_t": b.t.shape[1], "distance_to_nearest_training_image": nearest(x0, real).median().item()}
 
 def judge(
     model:Bundle,     # the trained model
@@ -124,13 +133,18 @@ def judge(
     progress:bool=False,
 ) -> dict: # for result.json
     "100 samples, drawn and measured, and the held-out images."
-    x, real = grid_file(model, path, seed, 100, d.images[:10], progress).cpu(), to_float(d.images[:10_000])
+    up, shown = import_module("iddpm_nb.upsample"), held or d
+    x, real = grid_file(model, path, seed, 100, d.images[:10], progress, shown).cpu(), to_float(d.images[:min(10_000, 2**28 // d.images[:1].numel())])     # at most 1 GB
+    cond = up.to_show(model.config, 100, shown)[1]
     result = {"samples": {"n": len(x), "steps": min(50, len(model.schedule)), "method": "ddpm", "weights": Path(ema_file(model.config["averages"][0])).stem,
                           "distance_to_nearest_training_image": nearest(x, real).median().item()}, "held_out": None}
+    if "low" in cond: result["samples"]["averaged_back_off_by"] = (up.block_mean(x, cond["low"].shape[-1]) - up.lower(to_float(shown.images[:len(x)]), cond["low"].shape[-1])).square().mean().sqrt().item()
     if held is None: return result
     result["held_out"] = judge_held_out(model, held, real, progress)
     if d.name.startswith("digits/"):
-        sure = (class_probs(torch.cat([x, to_float(held.images)]), real, d.labels).max(1).values > 0.9).double()
+        probs = class_probs(torch.cat([x, to_float(held.images)]), real, d.labels)
+        if "y" in cond: result["samples"]["share_of_the_class_asked_for"] = (probs[:len(x)].argmax(1) == cond["y"]).double().mean().item()
+        sure = (probs.max(1).values > 0.9).double()
         result["samples"]["share_a_classifier_is_sure_of"] = sure[:len(x)].mean().item()
         result["held_out"]["share_a_classifier_is_sure_of"] = sure[len(x):].mean().item()
         result["bits_per_dim_without_a_network"] = histogram_bits(d.images)

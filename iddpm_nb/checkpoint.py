@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import warnings
+from importlib import import_module
 from pathlib import Path
 import safetensors
 import torch
@@ -71,10 +72,12 @@ def read_model(
 
 # %% ../nbs/08a_checkpoints.ipynb #ccbe1804
 def build(
-    config:dict, # with "network" (arguments of `UNet`) and "schedule" (arguments of `make_schedule`)
-) -> tuple[UNet, Schedule]:
+    config:dict, # with "network" (arguments of `UNet`, or of `Upsampler`) and "schedule" (arguments of `make_schedule`)
+) -> tuple[nn.Module, Schedule]:
     "The network, untrained, and the schedule that a configuration describes."
-    try: return UNet(**config["network"]), make_schedule(**config["schedule"])
+    try:
+        kind = import_module("iddpm_nb.upsample").Upsampler if "low_size" in config["network"] else UNet
+        return kind(**config["network"]), make_schedule(**config["schedule"])
     except (KeyError, TypeError) as e: raise ValueError(f"this configuration does not describe a network and a schedule: {e}") from e
 
 def check_weights(net, tensors, path): # one sentence if these tensors, read from a path, are another network's
@@ -85,7 +88,7 @@ def check_weights(net, tensors, path): # one sentence if these tensors, read fro
 def load_model(
     path:Path,    # a file that `save_model` wrote
     device="cpu", # where the network should live
-) -> tuple[UNet, Schedule, dict]: # network in eval mode, schedule, configuration
+) -> tuple[nn.Module, Schedule, dict]: # network in eval mode, schedule, configuration
     "A trained network with all it needs."
     tensors, config = read_model(path)
     net, s = build(config)

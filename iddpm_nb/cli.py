@@ -4,29 +4,37 @@
 
 # %% auto #0
 __all__ = ['command', 'TrainOptions', 'given', 'latest_run', 'iddpm_train', 'free_path', 'check_place', 'SampleOptions',
-           'iddpm_sample', 'draw', 'EvalOptions', 'labels_of', 'iddpm_eval', 'evaluate', 'ConvertOptions',
-           'iddpm_convert']
+           'iddpm_sample', 'ready', 'check_stage', 'sampled', 'draw', 'EvalOptions', 'labels_of', 'iddpm_eval',
+           'holds_images', 'evaluate', 'looker', 'bits', 'teamed', 'respaced', 'paired', 'compare', 'draw_samples',
+           'ConvertOptions', 'iddpm_convert']
 
 # %% ../nbs/15_command_line.ipynb #ff35ecc9
 import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from .bundle import machine, weights_file
 from .checkpoint import checkpoints, save_model, write
 from .config import PRESETS
-from .data import load_images, to_uint8
+from .conditioning import class_numbers, labels_for
+from .data import SUFFIXES, from_npz, load_images, to_float, to_uint8
 from .distributed import join, spread
 from .engine import InPrecision, fast_network, pick_precision
+from .features import get_features
 from .interop import read_openai
 from .likelihood import histogram_bits
+from .measuring import as_images, default_cache, measure
+from .metrics import fidelity
 from .pictures import save_grid
 from .run import Config, load, place, saved_config, train_run
 from .sampling import respace, space_timesteps
+from .upsample import cascade, with_noise
 
 # %% ../nbs/15_command_line.ipynb #cac6c015
 def command(main):
@@ -48,7 +56,7 @@ class TrainOptions(Config):
     "Train a diffusion model. Without options: on the handwritten digits, in about two minutes on two CPU cores."
     out: str | None = None    # folder of the run; by default runs/NAME, then runs/NAME-2, ...
     resume: str | None = None # folder of a run to continue from its latest checkpoint; only steps, clip, keep and the *_every options may change. auto: the run in --out, or the one saved last
-    preset: str | None = None # a configuration of the paper in the place of the defaults: cifar10, imagenet64, lsun
+    preset: str | None = None # a configuration of the paper in the place of the defaults: cifar10, imagenet64, imagenet64-cond, imagenet256-upsample, lsun
     device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
 
 def given(
@@ -106,7 +114,11 @@ class SampleOptions:
     variance: str | None = None # learned, beta or beta_tilde; by default as trained
     weights: str = ""         # model, or ema_RATE; by default the run's first average
     preset: str | None = None # of an official checkpoint: the released file it is, if its name does not say so
-    label: int | None = None  # class to draw, if the model has classes; by default classes at random
+    classes: Annotated[str | None, tyro.conf.arg(name="class")] = None # what to draw, if the model has classes: names or numbers, "seven,3"; by default at random
+    guidance: float = 1.0     # above 1 exaggerates the class, in a model trained with --label-drop; later than the paper. With --base it is the base that is guided
+    base: str | None = None   # of a model that enlarges: the model that draws the small images
+    base_steps: str | None = None # its steps, as --steps
+    low: str | None = None    # of a model that enlarges: an .npz of small images, in the place of --base
     seed: int = 0             # of all noise
     chunk: int = 256          # images at a time in each process
     precision: Literal["auto", "float32", "bfloat16"] = "auto" # of the network; auto asks the processor
@@ -125,35 +137,74 @@ def iddpm_sample(args=None):
         raise ValueError(f"--out must be a new .png, and so must the .npz beside it; got {o.out}")
     with join(o.device) as team: draw(o, team)
 
-def draw(o:SampleOptions, team): # and write
-    model = load(o.path, o.weights, device := place(team, o.device), o.preset)
+def ready(o, path, weights, preset, team): # a model to sample with
+    model = load(path, weights, device := place(team, o.device), preset)
     net = fast_network(model.net, device, o.compile)
     model.net = spread(InPrecision(net, pick_precision(o.precision, device, model.config["shape"][-1])), team)
+    return model
+
+def check_stage(o, model): # what is asked of a model that enlarges, and of one that does not
+    if not (size := model.config["network"].get("low_size")):
+        if o.base or o.low: raise ValueError(f"{o.path} enlarges nothing: leave --base and --low out")
+    elif bool(o.base) == bool(o.low): raise ValueError(f"{o.path} enlarges images of {size}x{size}: give the model that draws them with --base, or an .npz of them with --low" + " (one of the two)" * bool(o.base))
+
+def sampled(o:SampleOptions, model, base, steps, team) -> dict: # images; small images and labels, where there are any
+    how = dict(method=o.method, eta=o.eta, variance=o.variance, progress=team.rank == 0, chunk=o.chunk * team.size, guidance=o.guidance)
+    spec = lambda s: None if s == "all" else s
+    names = model.config["classes"] if any(m.config["network"].get("num_classes") for m in (model, base) if m) else ()
+    small = from_npz(o.low) if o.low else None
+    n = min(o.n, len(small)) if small else o.n
+    y = labels_for(class_numbers(o.classes, names), n) if o.classes is not None else small.labels[:n] if small and names and small.labels is not None else None
+    told = {} if y is None else {"y": y}
+    if base:
+        x, low = cascade(base, model, n, spec(o.base_steps or str(min(50, len(base.schedule)))), spec(steps), o.seed, y, **how)
+        return {"images": x, "low": low} | told
+    shown = {"low": with_noise(to_float(small.images[:n]), model.config["network"]["augment"], torch.Generator().manual_seed(o.seed))} if small else {}
+    x = model.sample(n, spec(steps), o.seed, cond=shown | told, **how)
+    return {"images": x} | ({"low": small.images[:n]} if small else {}) | told
+
+def draw(o:SampleOptions, team): # and write
+    model = ready(o, o.path, o.weights, o.preset, team)
+    check_stage(o, model)
     steps = o.steps or str(min(50, len(model.schedule)))
-    cond = None if o.label is None else {"y": torch.full((o.n,), o.label)}
-    x = model.sample(o.n, None if steps == "all" else steps, o.seed, o.method, o.eta, o.variance, team.rank == 0, cond, chunk=o.chunk * team.size)
+    made = sampled(o, model, ready(o, o.base, "", None, team) if o.base else None, steps, team)
     if team.rank: return
+    x = made["images"]
     home = Path(o.path).resolve() if Path(o.path).is_dir() else Path(o.path).resolve().parent
     if home.parent.name == "checkpoints": home = home.parent.parent      # a checkpoint is deleted one day, a run is not
-    png = Path(o.out) if o.out else free_path(home / f"samples_{o.n}x{steps.replace(',', '-')}.png")
+    png = Path(o.out) if o.out else free_path(home / f"samples_{len(x)}x{steps.replace(',', '-')}.png")
     png = png.resolve()
     save_grid(x, png)
-    np.savez_compressed(png.with_suffix(".npz"), images=to_uint8(x).permute(0, 2, 3, 1).cpu().numpy())
-    print(f"{o.n} images in {png}\nand as uint8 (N,H,W,C) in {png.with_suffix('.npz')}")
+    pixels = lambda v: (v if v.dtype == torch.uint8 else to_uint8(v)).permute(0, 2, 3, 1).cpu().numpy()
+    np.savez_compressed(png.with_suffix(".npz"), **{"labels" if k == "y" else k: v.cpu().numpy() if k == "y" else pixels(v) for k, v in made.items()})
+    print(f"{len(x)} images in {png}\nand as uint8 (N,H,W,C) in {png.with_suffix('.npz')}")
 
 # %% ../nbs/15_command_line.ipynb #2273f0b4
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    "Bits per dimension of held-out images."
-    path: Annotated[str, tyro.conf.Positional]  # a run's folder, a checkpoint, a .safetensors file, or an official checkpoint
-    n: int = 1000             # at most so many images
+    "Measure a model: bits per dimension of held-out images, and how its samples compare with the training images."
+    path: Annotated[str, tyro.conf.Positional]  # a run's folder, a checkpoint, a .safetensors file, or an official checkpoint; for fid and pr also samples: a folder of images or an .npz
+    bpd: bool = False         # bits per dimension; done as well if nothing else is asked for
+    fid: bool = False         # Frechet distance between samples and training images, and the Inception score
+    pr: bool = False          # precision and recall of samples, k = 3 and 5
+    n: int = 1000             # bits/dim of at most so many images
     num_t: int | None = None  # steps t evaluated for each image; by default all, which is exact
+    clip_x0: bool = True      # clamp x0_hat to [-1,1], as the paper does; for bits/dim
+    against: str | None = None # another model: the difference in bits/dim, image by image
+    samples: int = 1000       # so many are drawn for fid and pr; published figures have 50,000
+    features: str | None = None # what looks at images: inception, digits, another labelled set, a TorchScript .pt, or module:function; by default digits for the digits, else inception
+    infinite: bool = False    # fid also extrapolated to infinitely many samples
+    method: str = "ddpm"      # of sampling: ddpm or ddim
+    eta: float = 0.0          # noise of ddim: 0 none, 1 as much as ddpm
+    variance: str | None = None # of sampling: learned, beta or beta_tilde; by default as trained
+    precision: Literal["auto", "float32", "bfloat16"] = "auto" # of the network while it samples; auto asks the processor
+    steps: str | None = None  # of a respaced chain: 50, "10,15,20", ddim50, or all; by default all for bits/dim, and 50 for samples
     data: str | None = None   # other images than those the model was trained on: a name, a folder or an .npz
-    steps: str | None = None  # of a respaced chain; by default the whole chain
-    clip_x0: bool = True      # clamp x0_hat to [-1,1], as the paper does
     weights: str = ""         # model, or ema_RATE; by default the run's first average
     preset: str | None = None # of an official checkpoint: the released file it is, if its name does not say so
     seed: int = 0             # of noise and steps
+    chunk: int = 256          # images at a time in each process
+    cache: str | None = None  # folder where the features of the training images are kept; by default ~/.cache/iddpm_nb
     out: str | None = None    # a .json for the figures; by default they are only printed
     device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
 
@@ -169,33 +220,88 @@ def labels_of(
 
 @command
 def iddpm_eval(args=None):
-    "Bits per dimension of a model."
+    "Measure a model."
     o = tyro.cli(EvalOptions, args=args, prog="iddpm_eval")
     check_place(o.out)
     if o.out and Path(o.out).exists(): raise FileExistsError(f"{o.out} exists: choose another --out")
     if o.n < 1: raise ValueError(f"--n must be at least 1, got {o.n}")
+    if o.samples < 2: raise ValueError(f"--samples must be at least 2, got {o.samples}")
+    if o.variance and o.method == "ddim": raise ValueError("ddim has no variance to choose: its noise is --eta")
     with join(o.device) as team: evaluate(o, team)
 
+def holds_images(path:str) -> bool: # samples in place of a model
+    p = Path(path)
+    return p.suffix == ".npz" or p.is_dir() and not (p / "checkpoints").is_dir() and not any(p.glob("*.safetensors")) and any(f.suffix.lower() in SUFFIXES for f in p.rglob("*"))
+
 def evaluate(o:EvalOptions, team): # and say
-    model = load(o.path, o.weights, place(team, o.device), o.preset)
-    model.net = spread(model.net, team)
-    if o.steps: model.schedule = respace(model.schedule, space_timesteps(len(model.schedule), o.steps))
-    c = model.config["run"]["data"]
-    if not (o.data or c["data"]): raise ValueError(f"{o.path} does not say which images it was trained on: name some with --data")
-    C, H, _ = model.config["shape"]
-    look = lambda split: load_images(o.data or c["data"], split, H, c["root"], "L" if C == 1 else "RGB")
-    held = look("all" if o.data and (Path(o.data).is_dir() or Path(o.data).suffix == ".npz") else "test")     # a set of its own is held out whole
-    b = model.bits_per_dim(held.images[:o.n], o.num_t, o.seed, clip_x0=o.clip_x0, progress=team.rank == 0, cond=labels_of(model, held, o.n), chunk=256 * team.size)
+    start, given_samples, want_bits = time.perf_counter(), holds_images(o.path), o.bpd or o.against or not (o.fid or o.pr)
+    if given_samples and want_bits: raise ValueError(f"{o.path} holds images, not a model: ask for --fid or --pr of them, not for bits/dim")
+    model = None if given_samples else load(o.path, o.weights, place(team, o.device), o.preset)
+    look, result = looker(o, model), {}
+    if want_bits: result |= bits(o, teamed(model, team), look, team)
+    if o.fid or o.pr: result |= compare(o, model, look, team)
     if team.rank: return
+    file = Path(o.path) if given_samples else weights_file(Path(o.path), o.weights) if Path(o.path).is_dir() else Path(o.path)
+    result |= {"model": str(file.resolve()), "weights": None if given_samples else file.stem, "seed": o.seed, **machine(place(team, o.device)), "processes": team.size, "seconds": time.perf_counter() - start}
+    if o.out: write(Path(o.out), json.dumps(result, indent=1).encode()); print(f"written to {Path(o.out).resolve()}")
+
+def looker(o:EvalOptions, model): # a function of the split: the images that a model, or samples, are compared with
+    c = model.config["run"]["data"] if model else {"data": None, "root": "data"}
+    if not (o.data or c["data"]): raise ValueError(f"{o.path} does not say which images it " + ("was trained on: name some with --data" if model else "is to be compared with: name them with --data"))
+    C, H = model.config["shape"][:2] if model else (3, None)
+    own = o.data and (Path(o.data).is_dir() or Path(o.data).suffix == ".npz")          # a set of its own is taken whole
+    return lambda split: load_images(o.data or c["data"], "all" if own else split, H, c["root"], "L" if C == 1 else "RGB")
+
+def bits(o:EvalOptions, model, look, team) -> dict: # bits per dimension, said and for the record
+    held, T = look("test"), len(respaced(o, model).schedule)
+    measured = lambda m: respaced(o, m).bits_per_dim(held.images[:o.n], o.num_t, o.seed, clip_x0=o.clip_x0, progress=team.rank == 0, cond=labels_of(m, held, o.n), chunk=o.chunk * team.size)
+    b = measured(model)
+    other = measured(teamed(load(o.against, device=place(team, o.device)), team)) if o.against else None
+    if team.rank: return {}
     result = {"images": held.name, "n": len(b.total), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(b.total) > 1 else None, "decoder": b.decoder.mean().item(),
-              "prior": b.prior.mean().item(), "evaluated_t": b.t.shape[1], "T": len(model.schedule), "clip_x0": o.clip_x0, "seed": o.seed}
+              "prior": b.prior.mean().item(), "evaluated_t": b.t.shape[1], "T": T, "clip_x0": o.clip_x0}
     margin = "" if result["stderr"] is None else f" +- {b.stderr:.4f}"
-    print(f"bits/dim {result['bits_per_dim']:.4f}{margin} on {len(b.total)} images of {held.name}, {result['evaluated_t']} of {len(model.schedule)} terms each")
+    print(f"bits/dim {result['bits_per_dim']:.4f}{margin} on {len(b.total)} images of {held.name}, {result['evaluated_t']} of {T} terms each")
     print(f"of this: decoder (t = 0) {result['decoder']:.4f}, prior {result['prior']:.2e}")
-    if (o.data or c["data"]) == "digits":
+    if other: result |= paired(b, other, o.against)
+    if held.name.startswith("digits/"):
         result |= {"without_a_network": (h := histogram_bits(look("train").images))}
         print("without a network: " + ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in h.items()))
-    if o.out: write(Path(o.out), json.dumps(result, indent=1).encode()); print(f"written to {Path(o.out).resolve()}")
+    return result
+
+def teamed(model, team): # a model that all processes ask together
+    return dataclasses.replace(model, net=spread(model.net, team))
+
+def respaced(o:EvalOptions, model): # with the steps asked for
+    return model if o.steps in (None, "all") else dataclasses.replace(model, schedule=respace(model.schedule, space_timesteps(len(model.schedule), o.steps)))
+
+def paired(b, other, name:str) -> dict: # the difference of two models, image by image, said and for the record
+    d = b.total - other.total
+    margin = float(d.std() / len(d)**0.5) if len(d) > 1 else None
+    print(f"minus that of {name}: {d.mean():+.4f}" + ("" if margin is None else f" +- {margin:.4f}") + f", image by image{', with the same noise' if b.t.shape == other.t.shape and (b.t == other.t).all() else ''}")
+    return {"against": {"model": name, "bits_per_dim": other.total.mean().item(), "difference": d.mean().item(), "stderr": margin}}
+
+def compare(o:EvalOptions, model, look, team) -> dict: # samples with the training images, said and for the record
+    device, ref = place(team, o.device), look("train")
+    if team.rank == 0:                                                                  # whatever is missing is missed before the sampling
+        try: fidelity(); features = get_features(o.features or ("digits" if ref.name.startswith("digits/") else "inception"), device, progress=True)
+        except ImportError as e: raise ValueError(e) from e
+    if model is None: x, how = as_images(o.path, "L" if ref.images.shape[1] == 1 else "RGB"), {}
+    else: x, how = draw_samples(o, model, team, device)
+    if team.rank: return {}
+    which = ("fid", "is") * o.fid + ("pr",) * o.pr
+    result = measure(x, ref, features, which, infinite=o.infinite, cache=o.cache or default_cache(), chunk=o.chunk, device=device, progress=True)
+    result["samples"] |= how
+    steps = f" ({how['steps']} steps, {how['method']})" if how else ""
+    for f in result["figures"].values(): print(f"{f['name']}: {f['value']:.4f}")
+    print(f"of {result['samples']['n']} samples{steps} against {len(ref)} images of {ref.name}")
+    return result
+
+def draw_samples(o:EvalOptions, model, team, device): # and how they came about, for the record
+    steps, precision = o.steps or str(min(50, len(model.schedule))), pick_precision(o.precision, device, model.config["shape"][-1])
+    quick = dataclasses.replace(model, net=spread(InPrecision(fast_network(model.net, device, "off"), precision), team))
+    x = quick.sample(o.samples, None if steps == "all" else steps, o.seed, o.method, o.eta, o.variance, team.rank == 0, chunk=o.chunk * team.size)
+    return x, {"images": o.path, "steps": steps, "T": len(model.schedule), "method": o.method, "eta": o.eta, "variance": o.variance or model.config["variance"], "precision": precision}
 
 # %% ../nbs/15_command_line.ipynb #42a5284f
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +315,7 @@ class ConvertOptions:
     schedule: str | None = None     # linear or cosine
     T: int | None = None            # steps of the chain
     rescale_t: bool | None = None   # the network is shown t times 1000/T
+    low_size: int | None = None     # of an upsampler: the size of its small images
     dropout: float | None = None    # matters for further training only
 
 @command
@@ -216,7 +323,7 @@ def iddpm_convert(args=None):
     "An official checkpoint as our own."
     o = tyro.cli(ConvertOptions, args=args, prog="iddpm_convert")
     if o.out and (Path(o.out).suffix != ".safetensors" or Path(o.out).exists()): raise ValueError(f"--out must be a new .safetensors, got {o.out}")
-    given = {k: v for k in ("image_size", "num_heads", "schedule", "T", "rescale_t", "dropout") if (v := getattr(o, k)) is not None}
+    given = {k: v for k in ("image_size", "num_heads", "schedule", "T", "rescale_t", "low_size", "dropout") if (v := getattr(o, k)) is not None}
     net, _, config = read_openai(o.path, "cpu", o.preset, **given)
     out = (Path(o.out) if o.out else free_path(Path(o.path).with_suffix(".safetensors"))).resolve()
     save_model(out, net, config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'PRESETS', 'DataConfig', 'ModelConfig', 'DiffusionConfig', 'TrainConfig', 'Config', 'check_unchanged',
-           'check_config', 'describe', 'paper']
+           'check_config', 'conditions', 'describe', 'paper']
 
 # %% ../nbs/08c_configuration.ipynb #b26072de
 import dataclasses
@@ -23,7 +23,12 @@ class DataConfig:
     grey: bool = False             # read the files of a folder as grey images
     flip: bool = False             # mirror images at random; the paper does not
     root: str = "data"             # where downloads are kept
-    workers: int | None = None     # processes that read a folder's files while training; 0: all images are held in memory; None: that, if they fit
+    on_disk: bool | None = None    # read the files of a folder while training; None: if they do not fit into memory, and that is kept
+    workers: int | None = None     # processes that read ahead what does not fit into memory; None: half the processors
+    class_cond: bool = False       # show the network the labels that the images bring
+    label_drop: float = 0.0        # share of labels dropped in training, 0.1 is usual: guidance in sampling needs it; later than the paper
+    upsample_from: int | None = None # learn to enlarge images of this size, made from the large ones; the paper does with --schedule linear
+    noise_augment: float = 0.0     # standard deviation of noise on the small images; later than the paper
 
 # %% ../nbs/08c_configuration.ipynb #6b35a3a3
 @dataclass(frozen=True)
@@ -116,6 +121,23 @@ def check_config(
     if not t.ema + t.ema_plain or not all(0 <= r < 1 for r in t.ema + t.ema_plain): raise ValueError(f"ema and ema_plain need at least one rate, each at least 0 and below 1, got {t.ema} and {t.ema_plain}")
     if not 0 <= c.diffusion.lam < float("inf") or not 0 <= t.weight_decay < float("inf"): raise ValueError(f"lam and weight_decay must be numbers of at least 0, got {c.diffusion.lam} and {t.weight_decay}")
     if not 0 <= c.model.dropout < 1: raise ValueError(f"dropout must be at least 0 and below 1, got {c.model.dropout}")
+    if not 0 <= c.data.label_drop < 1: raise ValueError(f"label_drop must be at least 0 and below 1, got {c.data.label_drop}")
+    if c.data.label_drop and not c.data.class_cond: raise ValueError("--label-drop drops labels that the network is shown: it needs --class-cond")
+    if c.data.noise_augment and c.data.upsample_from is None: raise ValueError("--noise-augment is noise on small images that are enlarged: it needs --upsample-from")
+
+def conditions(
+    c:Config,    # what was asked for
+    d:Images,    # the images it meets
+) -> dict: # further arguments of the network, if it is shown labels or small images
+    "What a network is built with to be told more than the noisy image and t: see chapters 12 and 13."
+    more, n = {}, c.data.upsample_from
+    if c.data.class_cond:
+        if d.labels is None: raise ValueError(f"{d.name or 'these images'} have no labels: use a folder with a subfolder for each class, or an .npz with labels, or leave --class-cond out")
+        more["num_classes"] = len(d.classes) + (c.data.label_drop > 0)        # a dropped label has a row of its own
+    if n is not None:
+        if n < 1 or d.images.shape[-1] % n or d.images.shape[-1] == n: raise ValueError(f"images of {d.images.shape[-1]} cannot be made from images of {n}: --upsample-from must divide the image size, and be smaller")
+        more |= {"in_channels": 2 * d.images.shape[1], "low_size": n, "augment": c.data.noise_augment}
+    return more
 
 def describe(
     c:Config,    # what was asked for
@@ -129,15 +151,15 @@ def describe(
     if c.diffusion.loss != "simple" and c.diffusion.variance != "learned": raise ValueError(f"the {c.diffusion.loss} loss learns the variance: use --variance learned, or --loss simple")
     if c.diffusion.loss == "simple" and c.diffusion.variance == "learned": raise ValueError("the simple loss gives the variance no signal: use --variance beta (or beta_tilde) with it, or --loss hybrid")
     out = 2 * C if c.diffusion.variance == "learned" else C
-    return {"network": dict(in_channels=C, out_channels=out, image_size=H, **dataclasses.asdict(c.model)),
+    return {"network": dict(in_channels=C, out_channels=out, image_size=H, **dataclasses.asdict(c.model)) | conditions(c, d),
             "schedule": {"name": c.diffusion.schedule, "T": c.diffusion.T, "rescale_t": c.diffusion.rescale_t},
             "averages": [*map(ema_name, c.train.ema), *(ema_name(r, False) for r in c.train.ema_plain)], "variance": c.diffusion.variance, "shape": [C, H, W], "classes": list(d.classes), "run": dataclasses.asdict(c), "version": __version__}
 
 # %% ../nbs/08c_configuration.ipynb #4dfd430c
-def paper(steps, image_size, mult, data="", lr=1e-4, batch=128, T=4000, schedule="cosine", rescaled=True, **model) -> Config:
+def paper(steps, image_size, mult, data="", lr=1e-4, batch=128, T=4000, schedule="cosine", rescaled=True, class_cond=False, upsample_from=None, **model) -> Config:
     "A configuration of the paper: what all of them share, and what is given. `rescaled`: of timesteps and of the bound's terms."
     model = {"channels": 128, "num_res_blocks": 3, "attn_resolutions": (16, 8)} | model
-    return Config(DataConfig(data, image_size if not data else None), ModelConfig(mult=mult, **model),
+    return Config(DataConfig(data, image_size if not data else None, class_cond=class_cond, upsample_from=upsample_from), ModelConfig(mult=mult, **model),
                   DiffusionConfig(T, schedule, rescaled, lam=0.001 if rescaled else 1 / T),
                   TrainConfig(steps, batch, lr=lr, warmup=0, anneal=False, ema=(), ema_plain=(0.9999,), log_every=100, sample_every=10_000, save_every=10_000))
 
@@ -145,6 +167,9 @@ PRESETS = {
     "digits": Config(),
     "cifar10": paper(500_000, 32, (1, 2, 2, 2), "cifar10", dropout=0.3),
     "imagenet64": paper(1_500_000, 64, (1, 2, 3, 4)),
+    "imagenet64-cond": paper(250_000, 64, (1, 2, 3, 4), lr=3e-4, batch=2048, rescaled=False, class_cond=True, channels=192),
+    "imagenet256-upsample": paper(500_000, 256, (1, 1, 2, 2, 4, 4), lr=3e-4, batch=256, schedule="linear", rescaled=False, class_cond=True, upsample_from=64,
+                                  channels=192, num_res_blocks=2),
     "lsun": paper(1_200_000, 256, (1, 1, 2, 2, 4, 4), lr=2e-5, T=1000, schedule="linear", rescaled=False,
                   num_res_blocks=2, num_heads=1, attn_resolutions=(16,), scale_shift=False),
 }

@@ -97,7 +97,7 @@ def inception_weights(url:str) -> Path: # a file that is what it should be
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try: torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256)
-        except (OSError, RuntimeError) as e: raise OSError(f"the weights of Inception could not be fetched ({e}): download {url} and put it at {path}, or measure with other features, such as the digits classifier") from e
+        except (OSError, RuntimeError) as e: raise OSError(f"the weights of Inception could not be fetched ({e}): download {url} and put it at {path}, or measure with other features (--features), such as digits") from e
     if (have := hashlib.sha256(path.read_bytes()).hexdigest()) != INCEPTION_SHA256: raise ValueError(f"{path} is not the file that it should be (its sha256 begins with {have[:8]}, not {INCEPTION_SHA256[:8]}): delete it and start again")
     return path
 

@@ -24,6 +24,7 @@ from .forward import Schedule
 from .bundle import READERS, is_ours
 from .schedule import make_schedule
 from .unet import UNet
+from .upsample import Upsampler
 
 # %% ../nbs/14_interop.ipynb #6ab3aa59
 RENAME = [(re.compile(old), new) for old, new in [
@@ -41,9 +42,10 @@ def official_name(
     return name
 
 def to_openai(
-    net:nn.Module, # a `UNet`
+    net:nn.Module, # a `UNet`, or an `Upsampler` with one
 ) -> dict: # tensors on the CPU, float32, by their official names and in the official order
     "The flat state dict of the official layout: what torch.save or safetensors then write is an official checkpoint."
+    net = net.net if isinstance(net, Upsampler) else net
     return {official_name(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in net.state_dict().items()}
 
 # %% ../nbs/14_interop.ipynb #45f3d56a
@@ -105,7 +107,7 @@ PRESETS = {
     "imagenet64_uncond_100M_1500K": IMAGENET,
     "cifar10_uncond_50M_500K": CIFAR,
     "imagenet64_cond_270M_250K": released(4000, "cosine", False, channels=192, mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(16, 8), image_size=64, num_classes=1000),
-    "upsample_cond_500K": released(4000, "linear", False, in_channels=6, channels=192, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(16, 8), image_size=256, num_classes=1000),
+    "upsample_cond_500K": released(4000, "linear", False, in_channels=6, low_size=64, channels=192, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(16, 8), image_size=256, num_classes=1000),
     "lsun_uncond_100M_1200K_bs128": LSUN,
     "lsun_uncond_100M_2400K_bs64": LSUN,
     "imagenet64_uncond_vlb_100M_1500K": IMAGENET | {"loss": "vlb"},
@@ -157,11 +159,11 @@ def choose(
     given:dict,      # of `NEEDED`, and dropout
 ) -> tuple[str, dict]: # name of the preset or "", and what is known, as in `released`
     "What the tensors do not tell: by preset, by file name, or by hand."
-    if off := [k for k in given if k not in (*NEEDED, "dropout")]: raise TypeError(f"unknown setting {off[0]}: by hand can be given {', '.join(NEEDED)} and dropout")
+    if off := [k for k in given if k not in (*NEEDED, "dropout", "low_size")]: raise TypeError(f"unknown setting {off[0]}: by hand can be given {', '.join(NEEDED)}, dropout, and low_size for an upsampler")
     by_hand = [k for k in NEEDED if k in given]
-    if preset and by_hand: raise ValueError(f"preset {preset} already says what {by_hand[0]} is: give a preset or settings, not both")
+    if preset and (by_hand or "low_size" in given): raise ValueError(f"preset {preset} already says what {(by_hand or ['low_size'])[0]} is: give a preset or settings, not both")
     if len(by_hand) == len(NEEDED):
-        network = {k: given[k] for k in ("image_size", "num_heads", "dropout") if k in given}
+        network = {k: given[k] for k in ("image_size", "num_heads", "dropout", "low_size") if k in given}
         return "", released(given["T"], given["schedule"], given["rescale_t"], **network)
     name = preset or next((p for p in PRESETS if p in Path(path).name and not by_hand), None)
     if name not in PRESETS:
@@ -176,7 +178,8 @@ def check_preset(
     found:dict,  # what the tensors say
     path:Path,   # the file
 ):
-    "Refuse a preset that belongs to another file."
+    "Refuse a preset that belongs to another file, and an upsampler whose small images have no known size."
+    if image_channels(found)[0] < found["in_channels"] and "low_size" not in known["network"]: raise ValueError(f"{path} is an upsampler, and the size of its small images cannot be read off tensors: give low_size")
     for k, v in found.items():
         if name and known["network"][k] != v: raise ValueError(f"preset {name} does not fit {path}: it says {k} = {known['network'][k]}, the tensors say {v}")
 
@@ -187,10 +190,10 @@ def describe_openai(
     name:str,     # of the preset, or ""
 ) -> dict: # as `config.describe` makes it; how long and with what batches it was trained is not known
     "The configuration that our own checkpoint would carry."
-    C, learned = image_channels(network)
+    (C, learned), low = image_channels(network), network.get("low_size")
     model = ModelConfig(**{f.name: network[f.name] for f in dataclasses.fields(ModelConfig)})
     s, loss, variance = known["schedule"], known["loss"] if learned else "simple", "learned" if learned else "beta"
-    c = Config(DataConfig("cifar10" if name.startswith("cifar10") else "", network["image_size"], C == 1), model,
+    c = Config(DataConfig("cifar10" if name.startswith("cifar10") else "", network["image_size"], C == 1, class_cond=bool(network["num_classes"]), upsample_from=low), model,
                DiffusionConfig(s["T"], s["name"], s["rescale_t"], loss, variance, known["lam"], "importance" if loss == "vlb" else "uniform"))
     return {"network": network, "schedule": s, "variance": variance, "shape": [C, network["image_size"], network["image_size"]], "official": name,
             "classes": [str(i) for i in range(network["num_classes"] or 0)], "run": {k: v for k, v in dataclasses.asdict(c).items() if k != "train"}, "version": __version__}
@@ -199,8 +202,8 @@ def read_openai(
     path,                 # a file of the official layout
     device="cpu",         # where the network should live
     preset:str|None=None, # one of `PRESETS`; by default by the name of the file
-    **given,              # in place of a preset: image_size, num_heads, schedule, T, rescale_t; with either: dropout
-) -> tuple[UNet, Schedule, dict]: # network in eval mode, schedule, configuration
+    **given,              # in place of a preset: image_size, num_heads, schedule, T, rescale_t, of an upsampler low_size; with either: dropout
+) -> tuple[nn.Module, Schedule, dict]: # network in eval mode, schedule, configuration
     "An official checkpoint, with the configuration that it does not carry."
     if is_ours(path): raise ValueError(f"{path} is our own checkpoint and carries its configuration: use iddpm_nb.load")
     tensors = read_tensors(path)
@@ -209,16 +212,16 @@ def read_openai(
     found = infer(tensors, known["network"]["image_size"])
     check_preset(name, known, found, path)
     config = describe_openai(known["network"] | found, known, name)
-    with torch.device("meta"): net = UNet(**config["network"])
-    ours = {official_name(k): k for k in net.state_dict()}
+    with torch.device("meta"): net = (Upsampler if "low_size" in config["network"] else UNet)(**config["network"])
+    ours = {official_name(k.removeprefix("net.")): k for k in net.state_dict()}
     check_keys({k: net.get_parameter(v) for k, v in ours.items()}, tensors, path)
     net.load_state_dict({ours[k]: v.float() for k, v in tensors.items()}, assign=True)
     return net.to(device).eval(), make_schedule(**config["schedule"]).to(device), config
 
 def load_openai(
     path, preset:str|None=None, device="cpu", **given, # as for `read_openai`
-) -> tuple[UNet, Schedule]: # network in eval mode, and its schedule
-    "Network and schedule from an official checkpoint. Of the super-resolution model: the network that takes 6 channels, noisy and enlarged small image concatenated."
+) -> tuple[nn.Module, Schedule]: # a `UNet`, or an `Upsampler`, in eval mode, and its schedule
+    "Network and schedule from an official checkpoint."
     return read_openai(path, device, preset, **given)[:2]
 
 READERS.append(lambda path, device, preset: read_openai(path, device, preset))

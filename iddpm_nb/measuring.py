@@ -35,7 +35,7 @@ def default_cache() -> Path:
 
 def digest(*tensors) -> str: # sha256 of tensors, with their shapes
     h = hashlib.sha256()
-    for v in tensors: h.update(f"{v.dtype}{tuple(v.shape)}".encode()); h.update(v.contiguous().numpy().tobytes())
+    for v in tensors: h.update(f"{v.dtype}{tuple(v.shape)}".encode()); h.update(v.contiguous().numpy())
     return h.hexdigest()
 
 def read_kept(path:Path) -> dict|None: # the tensors of a kept reference, or None if there is none that is whole

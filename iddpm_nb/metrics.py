@@ -77,6 +77,6 @@ def precision_recall(
     if feats.ndim != 2 or ref.ndim != 2 or feats.shape[1] != ref.shape[1]: raise ValueError(f"features must be (N,F) and (M,F), got {tuple(feats.shape)} and {tuple(ref.shape)}")
     if not 1 <= k < min(len(feats), len(ref)): raise ValueError(f"k must be at least 1 and below the number of images in each set, got k = {k} for {len(feats)} and {len(ref)}")
     if not (feats.isfinite().all() and ref.isfinite().all()): raise ValueError("features must be finite")
-    a, b = (v.cpu().double().to(device) for v in (feats, ref))
+    a, b = (v.cpu().double().to("cpu" if torch.device(device).type == "mps" else device) for v in (feats, ref))      # MPS has no float64
     r = fidelity().metric_prc.prc_features_to_metric(a, b, prc_neighborhood=k, prc_batch_size=chunk, save_cpu_ram=True, verbose=False)
     return r["precision"], r["recall"]

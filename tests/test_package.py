@@ -30,11 +30,22 @@ def test_commands(run):
     assert "Traceback" not in run("iddpm_train", "--out", "runs/digits", *TINY, status=1)
 
 
+def test_where_files_go(run):
+    run("iddpm_train", "--steps", "2", *TINY)
+    checkpoint = "runs/digits/checkpoints/0000002"
+    said = run("iddpm_sample", checkpoint, "--n", "2", "--steps", "5", "--device", "cpu")           # a checkpoint is deleted one day, a run is not
+    assert str(run.folder / "runs" / "digits" / "samples_2x5.png") in said and not list((run.folder / checkpoint).glob("*.png"))
+    for command in (["iddpm_sample", "runs/digits", "--out", "nowhere/a.png"], ["iddpm_eval", "runs/digits", "--out", "nowhere/a.json"]):
+        said = run(*command, "--device", "cpu", status=1)
+        assert "there is no folder" in said and "Traceback" not in said
+
+
 def test_help_names_every_option_with_its_default(run):
     said = run("iddpm_train", "--help")
-    for option in ("--data", "--channels", "--T", "--loss", "--schedule", "--sampler", "--steps", "--lr", "--ema", "--seed", "--resume", "--out"):
+    for option in ("--data", "--channels", "--T", "--loss", "--schedule", "--sampler", "--steps", "--lr", "--ema", "--seed", "--resume", "--out",
+                   "--preset", "--clip", "--micro", "--flip", "--ema-plain", "--precision", "--threads", "--compile", "--workers"):
         assert option in said
-    assert said.count("default: ") > 25
+    assert said.count("default: ") > 35
 
 
 def test_official_checkpoint(run, site):
@@ -53,3 +64,46 @@ def test_official_checkpoint(run, site):
 def test_diffusers_is_not_imported_unasked(run):
     said = run("python", "import sys, iddpm_nb.cli, iddpm_nb.interop; print('diffusers' in sys.modules)")
     assert said.strip() == "False"
+
+
+def test_figures_of_samples(run):
+    run("iddpm_train", "--steps", "10", *TINY)
+    asked = "--fid --pr --samples 40 --steps 5 --cache kept --device cpu".split()
+    said = run("iddpm_eval", "runs/digits", *asked, "--out", "first.json")
+    first = json.loads((run.folder / "first.json").read_text())
+    assert "FID, digits classifier: " in said and "precision, k = 5, digits classifier: " in said and "bits/dim" not in said
+    assert first["samples"] == {"images": "runs/digits", "n": 40, "steps": "5", "T": 20, "method": "ddpm", "eta": 0.0, "variance": "learned", "precision": "float32"}
+    assert first["reference"] == {"images": "digits/train", "n": 1500} and first["weights"].startswith("ema_") and {"seed", "version", "commit", "machine", "seconds"} <= set(first)
+    kept, = (run.folder / "kept").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))                      # damaged: computed again
+    run("iddpm_eval", "runs/digits", *asked, "--bpd", "--n", "4", "--out", "second.json")
+    second = json.loads((run.folder / "second.json").read_text())
+    assert kept.read_bytes() == whole and second["bits_per_dim"] > 0
+    for name, figure in first["figures"].items():
+        assert name != "FID" or figure["name"] != "FID"
+        assert figure == second["figures"][name]
+
+
+def test_figures_of_samples_on_disk(run):
+    run("python", "import numpy as np, iddpm_nb.data as d; np.savez('made.npz', images=d.digits('test').images.numpy())")
+    said = run("iddpm_eval", "made.npz", "--data", "digits", "--fid", "--pr", "--cache", "kept", "--device", "cpu")
+    assert "of 297 samples against 1500 images of digits/train" in said
+    for wrong in (["--fid"], ["--data", "digits"], ["--data", "digits", "--bpd", "--fid"]):
+        assert "Traceback" not in run("iddpm_eval", "made.npz", *wrong, "--device", "cpu", status=1)
+
+
+def test_figures_need_their_extra(run):
+    assert run("python", "import sys, iddpm_nb.cli; print('torch_fidelity' in sys.modules)").strip() == "False"
+    run("python", "import numpy as np, iddpm_nb.data as d; np.savez('made.npz', images=d.digits('test').images.numpy())")
+    line = "import sys; sys.modules['torch_fidelity'] = None; from iddpm_nb.cli import iddpm_eval; iddpm_eval('made.npz --data digits --fid --device cpu'.split())"
+    said = run("python", line, status=1)
+    assert "pip install 'iddpm_nb[eval]'" in said and "Traceback" not in said
+
+
+def test_inception_that_cannot_be_fetched(run):
+    run("python", "import numpy as np; np.savez('made.npz', images=np.zeros((4, 8, 8, 3), np.uint8))")
+    line = ("import torch, urllib.error; from unittest import mock; from iddpm_nb.cli import iddpm_eval; torch.hub.set_dir('hub')\n"
+            "with mock.patch('torch.hub.download_url_to_file', side_effect=urllib.error.URLError('no network')): iddpm_eval('made.npz --data made.npz --fid --device cpu'.split())")
+    said = run("python", line, status=1)
+    assert "weights-inception-2015-12-05-6726825d.pth" in said and "hub/checkpoints" in said and "--features" in said and "Traceback" not in said

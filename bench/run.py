@@ -190,10 +190,10 @@ def main():
     import contenders
     a.device = a.device or ("cuda" if torch.cuda.is_available() and a.size not in ("cpu", "tiny") else "cpu")
     names = [n for n in contenders.CONTENDERS if n == "ours" or not a.only or any(part.strip() in n for part in a.only.split(","))]
+    if a.device == "cuda" and not torch.cuda.is_available(): print(f"{a.size} on cuda: not run (no GPU here)"); return
     c = contenders.SIZES[a.size]
     d = {"settings": {"size": a.size, "network": c, "batch": a.batch or c["batch"], "steps": a.steps, "train_steps": a.train_steps, "repeats": a.repeats, "device": a.device},
          "machine": machine(a), "contenders": names}
-    if a.device == "cuda" and not torch.cuda.is_available(): print(f"{a.size} on cuda: not run (no GPU here)"); return
     for kind in ("train", "sample"): d[kind] = measure(kind, names, a)
     text = table(summary(d, names))
     print("\n" + text)

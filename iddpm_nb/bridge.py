@@ -174,9 +174,10 @@ def to_diffusers(
     folder,       # for the files of diffusers: new, or empty
 ) -> Path:
     "Write a pipeline that diffusers loads: DDPMPipeline.from_pretrained(folder), or `ConditionalPipeline`'s, if labels or a small image are asked for."
-    folder, network, s = Path(folder), model.config["network"], model.schedule
+    folder, s, inner = Path(folder), model.schedule, getattr(model.net, "net", model.net)      # of an upsampler: the U-Net that it holds
+    network = {k: v for k, v in model.config["network"].items() if k not in ("low_size", "augment")}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"{folder.resolve()} is taken: choose another folder")
-    net = UNet(**network); net.load_state_dict(model.net.state_dict())         # on the CPU
+    net = UNet(**network); net.load_state_dict(inner.state_dict())         # on the CPU
     if why_not(network):
         theirs = OurUNet(network["image_size"], network["in_channels"], network["out_channels"], dict(network), s.t_model.tolist())
         theirs.net.load_state_dict(net.state_dict())

@@ -121,7 +121,7 @@ def judge_held_out(model:Bundle, held:Images, real:Tensor, progress:bool) -> dic
     x0, y = to_float(held.images[:1000]), held.labels
     network = model.config["network"]
     b = model.bits_per_dim(x0, num_t=min(74, len(model.schedule)), progress=progress, cond={"y": y[:1000]} if network.get("num_classes") and y is not None else None)
-    given = ["label"] * bool(network.get("num_classes")) + ["small image"] * bool(network.get("low_size"))
+    given = import_module("iddpm_nb.upsample").what_is_given(network)
     return {"n": len(x0), "given": given, "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(x0) > 1 else None, "num_t": b.t.shape[1], "distance_to_nearest_training_image": nearest(x0, real).median().item()}
 
 def judge(

@@ -130,9 +130,9 @@ def restore_state(
     run.opt.load_state_dict(state["opt"])
     for e in run.emas: e.step = state["emas"][e.name]
     device, rng, rank = next(run.net.parameters()).device, state["rng"], run.team.rank
-    if len(rng["torch"]) == run.team.size: torch.set_rng_state(rng["torch"][rank])
+    if len(rng["torch"]) == run.team.size: torch.set_rng_state(rng["torch"][rank].clone())
     else: torch.manual_seed(run.generator.initial_seed() + 1 + 1000 * rank + run.step)     # another number of processes: other dropout, but none twice
-    if device.type == "cuda" and len(rng.get("cuda", ())) == run.team.size: torch.cuda.set_rng_state(rng["cuda"][rank], device)
+    if device.type == "cuda" and len(rng.get("cuda", ())) == run.team.size: torch.cuda.set_rng_state(rng["cuda"][rank].clone(), device)
     if device.type == state["device"]: run.generator.set_state(rng["run"])
     else: run.generator.manual_seed(run.generator.initial_seed() + run.step)   # another device draws other numbers: at least none twice
 

@@ -34,13 +34,15 @@ from .metrics import fidelity
 from .pictures import save_grid
 from .run import Config, load, place, saved_config, train_run
 from .sampling import respace, space_timesteps
-from .upsample import cascade, with_noise
+from .upsample import cascade, to_show, what_is_given, with_noise
 
 # %% ../nbs/15_command_line.ipynb #cac6c015
 def command(main):
     "A console script: whatever a user can mend is one sentence and a non-zero exit, not a traceback."
     def stop(what, status):
-        if os.environ.get("RANK", "0") == "0": print(f"{main.__name__}: {what}", file=sys.stderr)
+        first, asked = os.environ.get("RANK", "0") == "0", status == 130
+        if not first and not asked: time.sleep(1)       # if the first fails too, torchrun ends this one meanwhile
+        if first or not asked: print(f"{main.__name__}: {what}", file=sys.stderr)
         sys.exit(status)
     def run(args=None):
         try: main(args)
@@ -258,10 +260,11 @@ def bits(o:EvalOptions, model, look, team) -> dict: # bits per dimension, said a
     b = measured(model)
     other = measured(teamed(load(o.against, device=place(team, o.device)), team)) if o.against else None
     if team.rank: return {}
-    result = {"images": held.name, "n": len(b.total), "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(b.total) > 1 else None, "decoder": b.decoder.mean().item(),
+    told = what_is_given(model.config["network"])
+    result = {"images": held.name, "n": len(b.total), "given": told, "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(b.total) > 1 else None, "decoder": b.decoder.mean().item(),
               "prior": b.prior.mean().item(), "evaluated_t": b.t.shape[1], "T": T, "clip_x0": o.clip_x0}
     margin = "" if result["stderr"] is None else f" +- {b.stderr:.4f}"
-    print(f"bits/dim {result['bits_per_dim']:.4f}{margin} on {len(b.total)} images of {held.name}, {result['evaluated_t']} of {T} terms each")
+    print(f"bits/dim{' given its ' * bool(told)}{' and '.join(told)} {result['bits_per_dim']:.4f}{margin} on {len(b.total)} images of {held.name}, {result['evaluated_t']} of {T} terms each")
     print(f"of this: decoder (t = 0) {result['decoder']:.4f}, prior {result['prior']:.2e}")
     if other: result |= paired(b, other, o.against)
     if held.name.startswith("digits/"):
@@ -287,7 +290,7 @@ def compare(o:EvalOptions, model, look, team) -> dict: # samples with the traini
         try: fidelity(); features = get_features(o.features or ("digits" if ref.name.startswith("digits/") else "inception"), device, progress=True)
         except ImportError as e: raise ValueError(e) from e
     if model is None: x, how = as_images(o.path, "L" if ref.images.shape[1] == 1 else "RGB"), {}
-    else: x, how = draw_samples(o, model, team, device)
+    else: x, how = draw_samples(o, model, look, team, device)
     if team.rank: return {}
     which = ("fid", "is") * o.fid + ("pr",) * o.pr
     result = measure(x, ref, features, which, infinite=o.infinite, cache=o.cache or default_cache(), chunk=o.chunk, device=device, progress=True)
@@ -297,11 +300,12 @@ def compare(o:EvalOptions, model, look, team) -> dict: # samples with the traini
     print(f"of {result['samples']['n']} samples{steps} against {len(ref)} images of {ref.name}")
     return result
 
-def draw_samples(o:EvalOptions, model, team, device): # and how they came about, for the record
+def draw_samples(o:EvalOptions, model, look, team, device): # and how they came about, for the record
     steps, precision = o.steps or str(min(50, len(model.schedule))), pick_precision(o.precision, device, model.config["shape"][-1])
     quick = dataclasses.replace(model, net=spread(InPrecision(fast_network(model.net, device, "off"), precision), team))
-    x = quick.sample(o.samples, None if steps == "all" else steps, o.seed, o.method, o.eta, o.variance, team.rank == 0, chunk=o.chunk * team.size)
-    return x, {"images": o.path, "steps": steps, "T": len(model.schedule), "method": o.method, "eta": o.eta, "variance": o.variance or model.config["variance"], "precision": precision}
+    n, cond = to_show(model.config, o.samples, look("test")) if model.config["network"].get("low_size") else (o.samples, None)      # held-out images made small, and enlarged
+    x = quick.sample(n, None if steps == "all" else steps, o.seed, o.method, o.eta, o.variance, team.rank == 0, cond, chunk=o.chunk * team.size)
+    return x, {"images": o.path, "steps": steps, "T": len(model.schedule), "method": o.method, "eta": o.eta, "variance": o.variance or model.config["variance"], "precision": precision} | ({"enlarged": "held-out images, made small"} if cond else {})
 
 # %% ../nbs/15_command_line.ipynb #42a5284f
 @dataclasses.dataclass(frozen=True)

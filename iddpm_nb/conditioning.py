@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from .judge import class_probs
 
-# %% ../nbs/12_class_conditioning.ipynb #f34d48b4
+# %% ../nbs/12_class_conditioning.ipynb #aa2f5378
 def class_numbers(
     spec,    # "seven,3", 7, or a list: names or numbers
     classes, # names of all classes, in the order of their labels
@@ -44,7 +44,7 @@ def agreement(
     if y.shape != x.shape[:1]: raise ValueError(f"{len(x)} samples but labels of shape {tuple(y.shape)}: one whole number for each is needed")
     return (class_probs(x, data, labels).argmax(1) == y.to(x.device)).double().mean().item()
 
-# %% ../nbs/12_class_conditioning.ipynb #b25565ca
+# %% ../nbs/12_class_conditioning.ipynb #4bee65a9
 class Dropping:
     "Batches with labels dropped at random; what was drawn is part of their state, so a resumed run drops the same."
     def __init__(self,

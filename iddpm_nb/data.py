@@ -197,7 +197,7 @@ class Batches:
         flip:bool=False,    # mirror every image left to right with probability 1/2
         share:tuple=(0, 1), # (i, n): hand out only the i-th of n equal parts of each batch
     ):
-        if batch < 1 or batch % share[1]: raise ValueError(f"batch must be at least 1" + (f" and a multiple of the number of processes, {share[1]}" if share[1] > 1 else "") + f", got {batch}")
+        if batch < 1 or batch % share[1]: raise ValueError("batch must be at least 1" + (f" and a multiple of the number of processes, {share[1]}" if share[1] > 1 else "") + f", got {batch}")
         self.flip, self.part = flip, slice(batch // share[1] * share[0], batch // share[1] * (share[0] + 1))
         self.images, self.labels, self.batch, self.device = data.images.to(device), data.labels, batch, device
         if self.labels is not None: self.labels = self.labels.to(device)

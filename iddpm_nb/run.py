@@ -158,7 +158,7 @@ def follow(run, s, about, c:Config, folder:Path, held:Images|None=None, progress
     try:
         with between_steps(team.size == 1) as asked:
             for m in watch(steps, t.steps, t.log_every, run.step, progress and team.rank == 0):
-                m["halt"] = (team.size == 1 or "loss" in m) and team.any(bool(asked))
+                m["halt"] = team.any(bool(asked))
                 run.seconds = time.perf_counter() - clock
                 saved = keep_up(run, model, c, folder, m, held, writer) or saved
                 if m["halt"]: raise KeyboardInterrupt(f"stopped at step {run.step}; continue with: iddpm_train --resume {folder}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['block_mean', 'lower', 'enlarge', 'Upsampler', 'with_noise', 'Paired', 'check_stages', 'cascade', 'conditioned',
-           'asked_for', 'to_show', 'side_by_side']
+           'asked_for', 'what_is_given', 'to_show', 'side_by_side']
 
-# %% ../nbs/13_upsampling.ipynb #6d566aaa
+# %% ../nbs/13_upsampling.ipynb #7738b68d
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class Paired:
     def state_dict(self): return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
     def load_state_dict(self, state): self.batches.load_state_dict(state["batches"]); self.generator.set_state(state["noise"])
 
-# %% ../nbs/13_upsampling.ipynb #e3c0079b
+# %% ../nbs/13_upsampling.ipynb #f61c4144
 def check_stages(base, upsampler): # one sentence for two models that do not fit
     shape, up = tuple(base.config["shape"]), upsampler.net
     if not hasattr(up, "low_size"): raise ValueError("the second stage is no upsampler: it takes no small images")
@@ -126,7 +126,7 @@ def cascade(
     cond = {"low": with_noise(low, upsampler.net.augment, g)} | told(upsampler)
     return upsampler.sample(n, steps_up, seed + 1, progress=progress, cond=cond, **kwargs), low
 
-# %% ../nbs/13_upsampling.ipynb #0eb695f8
+# %% ../nbs/13_upsampling.ipynb #635e037e
 def conditioned(
     batches,     # of (x0, y), such as `Batches`
     data,        # a `DataConfig`
@@ -151,6 +151,12 @@ def asked_for(
         cond["y"] = y
     if size := network.get("low_size"): cond["low"] = with_noise(lower(x0, size), network["augment"], generator) if low is None else low
     return cond
+
+def what_is_given(
+    network:dict, # arguments of the network
+) -> list[str]:
+    "What the bits per dimension of a model leave out, in words."
+    return ["label"] * bool(network.get("num_classes")) + ["small image"] * bool(network.get("low_size"))
 
 def to_show(
     config:dict,        # of a model

@@ -71,7 +71,8 @@ def test_two_stages(run):
     run("iddpm_sample", "up", "--low", "small.npz", "--n", "5", "--steps", "5", "--out", "u.png", "--device", "cpu")
     g = np.load(run.folder / "u.npz")
     assert (g["low"][..., 0] == np.load(run.folder / "small.npz")["images"][:5]).all()
-    assert "bits/dim" in run("iddpm_eval", "up", "--n", "4", "--num-t", "12", "--device", "cpu")
+    assert "given its small image" in run("iddpm_eval", "up", "--n", "4", "--num-t", "12", "--device", "cpu")
+    assert "FID, digits classifier" in run("iddpm_eval", "up", "--fid", "--samples", "40", "--steps", "3", "--device", "cpu")
     for line in (["up"], ["base", "--base", "base"], ["up", "--base", "up"], ["up", "--base", "base", "--low", "small.npz"]):
         assert "Traceback" not in run("iddpm_sample", *line, "--steps", "3", "--device", "cpu", status=1)
     for wrong in ("3", "8"):

@@ -65,7 +65,7 @@ def why_not(
     reasons = []
     if network["num_heads"] > 1 and len(attended) > 1: reasons.append(f"{network['num_heads']} heads at widths {sorted(attended)}: UNet2DModel has heads of one width")
     if network["mult"][0] != 1: reasons.append(f"first multiplier {network['mult'][0]}: UNet2DModel begins with the width of its first level")
-    if any(w % 32 for w in widths): reasons.append(f"widths {widths}: UNet2DModel has the same number of groups everywhere")
+    if any(w % network.get("groups", 32) for w in widths): reasons.append(f"widths {widths}: UNet2DModel has the same number of groups everywhere")
     return reasons
 
 def unet2d_config(
@@ -78,7 +78,7 @@ def unet2d_config(
     return {"sample_size": network["image_size"], "in_channels": network["in_channels"], "out_channels": network["out_channels"], "block_out_channels": tuple(widths),
             "layers_per_block": network["num_res_blocks"], "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in at),
             "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in at[::-1]), "dropout": network.get("dropout", 0.0),
-            "attention_head_dim": widths[-1] // network["num_heads"] if network["num_heads"] > 1 else None, "norm_num_groups": 32, "attn_norm_num_groups": 32, "norm_eps": 1e-5,
+            "attention_head_dim": widths[-1] // network["num_heads"] if network["num_heads"] > 1 else None, "norm_num_groups": network.get("groups", 32), "attn_norm_num_groups": network.get("groups", 32), "norm_eps": 1e-5,
             "resnet_time_scale_shift": "scale_shift" if network.get("scale_shift", True) else "default", "num_class_embeds": network.get("num_classes"),
             "flip_sin_to_cos": True, "freq_shift": 0, "num_train_timesteps": len(s), "time_embedding_type": "positional" if is_plain(s) else "learned"}
 

@@ -41,6 +41,7 @@ class ModelConfig:
     num_heads: int = 4                      # attention heads
     dropout: float = 0.0                    # in every residual block
     scale_shift: bool = True                # the embedding scales and shifts the norm; False: it is added before it
+    groups: int = 32                        # of each norm; a network of 32 channels wants fewer, 8 say
 
 # %% ../nbs/08c_configuration.ipynb #ecc4fbd6
 @dataclass(frozen=True)

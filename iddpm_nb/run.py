@@ -171,16 +171,16 @@ def follow(run, s, about, c:Config, folder:Path, held:Images|None=None, progress
 # %% ../nbs/10a_runs.ipynb #0b564a87
 def report(result:dict, folder:Path, saved:Path) -> str:
     "What a person reads at the end."
-    lines = [f"{result['steps']} steps; training took {result['seconds_of_training']:.0f} s", f"  samples     {folder / 'samples.png'} (last row: real images)",
+    lines = [f"{result['steps']} steps; training took {result['seconds_of_training']:.0f} s", *[f"  samples     {folder / 'samples.png'} (last row: real images)"] * ("samples" in result),
              f"  curve       {folder / 'curve.png'}", f"  checkpoint  {saved}", f"  metrics     {folder / 'result.json'}"]
     if (step := result["best"].get("step", result["steps"])) != result["steps"]: lines.append(f"  best        {saved.with_name(f'{step:07d}')} (the lowest loss on held-out images)")
-    if h := result["held_out"]:
+    if h := result.get("held_out"):
         margin = f" +- {h['stderr']:.3f}" if h["stderr"] is not None else ""
         told = f" given its {' and '.join(h['given'])}" if h["given"] else ""
         lines += [f"held-out bits/dim{told} {h['bits_per_dim']:.3f}{margin}, estimated from {h['num_t']} of the steps t",
                   f"median distance to the nearest training image: samples {result['samples']['distance_to_nearest_training_image']:.3f}, held-out {h['distance_to_nearest_training_image']:.3f}"]
-    if (share := result["samples"].get("share_of_the_class_asked_for")) is not None: lines.append(f"a classifier of the real images sees the class asked for in {share:.0%} of the samples")
-    if (off := result["samples"].get("averaged_back_off_by")) is not None: lines.append(f"averaged back, the enlarged images are off by {off:.3f}")
+    if (share := result.get("samples", {}).get("share_of_the_class_asked_for")) is not None: lines.append(f"a classifier of the real images sees the class asked for in {share:.0%} of the samples")
+    if (off := result.get("samples", {}).get("averaged_back_off_by")) is not None: lines.append(f"averaged back, the enlarged images are off by {off:.3f}")
     if b := result.get("bits_per_dim_without_a_network"):
         lines += ["bits/dim without a network: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in b.items()),
                   f"a classifier of the real images is over 0.9 sure of {result['samples']['share_a_classifier_is_sure_of']:.0%} of the samples, and of {h['share_a_classifier_is_sure_of']:.0%} of the held-out images"]
@@ -222,6 +222,7 @@ def train_run(
     device=None,         # None: a GPU if there is one
     progress:bool=True,  # draw bars
     say=print,           # where messages go
+    judged:bool=True,    # draw samples and measure them and the held-out images at the end
 ) -> dict: # what result.json holds
     "Train, from the first step or the latest checkpoint, and judge the result. All that it makes is in one folder. Under torchrun every process calls it."
     with join(device) as team:
@@ -241,7 +242,7 @@ def train_run(
         saved = follow(run, s, about, c, folder, None if held is None else first_of(held, 256), progress)
         result = {"steps": run.step, "seconds_of_training": run.seconds, "images_per_second": run.step * c.train.batch / run.seconds, "processes": team.size,
                   "precision": c.train.precision, "parameters": size, "best": best(folder / "checkpoints"),
-                  **judge(Bundle(spread(run.emas[0].net, team), s, about), d, held, folder / "samples.png" if team.rank == 0 else None, c.train.seed, progress and team.rank == 0),
+                  **(judge(Bundle(spread(run.emas[0].net, team), s, about), d, held, folder / "samples.png" if team.rank == 0 else None, c.train.seed, progress and team.rank == 0) if judged else {}),
                   **machine(device), "seed": c.train.seed}
         if team.rank == 0: write(folder / "result.json", json.dumps(result, indent=1).encode())
         say(report(result, folder, saved))

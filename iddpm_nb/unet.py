@@ -34,8 +34,8 @@ def zero(
     return module
 
 class Norm(nn.GroupNorm):
-    "GroupNorm in 32 groups (fewer if the width asks for it), computed in float32 whatever comes in."
-    def __init__(self, channels): super().__init__(math.gcd(32, channels), channels)
+    "GroupNorm in 32 groups, or as many as given (fewer if the width asks for it), computed in float32 whatever comes in."
+    def __init__(self, channels, groups=32): super().__init__(math.gcd(groups, channels), channels)
     def forward(self, x):
         h = x if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.float()     # that kernel sums in float32 by itself
         return F.group_norm(h, self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
@@ -49,12 +49,13 @@ class ResBlock(nn.Module):
         emb_dim:int,             # width of the embedding
         dropout:float=0.0,       # share of values dropped before the last convolution, in training
         scale_shift:bool=True,   # False: the embedding is added before the norm
+        groups:int=32,           # of each norm
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1, self.conv1 = Norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm1, self.conv1 = Norm(channels_in, groups), nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.emb = nn.Linear(emb_dim, channels_out * (2 if scale_shift else 1))
-        self.norm2, self.dropout = Norm(channels_out), nn.Dropout(dropout)
+        self.norm2, self.dropout = Norm(channels_out, groups), nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -85,10 +86,11 @@ class Attention(nn.Module):
     def __init__(self,
         channels:int,     # width
         num_heads:int=4,  # the channels are shared out among so many heads
+        groups:int=32,    # of the norm
     ):
         super().__init__()
         if num_heads < 1 or channels % num_heads: raise ValueError(f"{channels} channels cannot be split over {num_heads} heads")
-        self.num_heads, self.norm = num_heads, Norm(channels)
+        self.num_heads, self.norm = num_heads, Norm(channels, groups)
         self.qkv, self.proj = PerPosition(channels, 3 * channels), zero(PerPosition(channels, channels))
 
     def forward(self, x, emb=None): # (B,channels,H,W) -> the same; needs no embedding
@@ -145,13 +147,14 @@ def way_up(
     return stages
 
 # %% ../nbs/07_unet.ipynb #2464b918
-def check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes):
+def check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes, groups):
     "One sentence for every network that cannot be built."
     if min(in_channels, out_channels, channels, num_res_blocks, len(mult), *mult) < 1: raise ValueError(f"channels, multipliers and num_res_blocks must be at least 1, got in_channels {in_channels}, out_channels {out_channels}, channels {channels}, mult {mult}, num_res_blocks {num_res_blocks}")
     if image_size < 1 or image_size % 2**(len(mult) - 1): raise ValueError(f"images of size {image_size} cannot be halved {len(mult) - 1} times, as {len(mult)} levels ask: use fewer multipliers or another image size")
     sizes, widths = [image_size // 2**i for i in range(len(mult))], [channels * m for m in mult]
     if off := sorted(set(attn_resolutions) - set(sizes)): raise ValueError(f"attention at resolution {off} is impossible: this network has the resolutions {sizes}")
-    if bad := [w for w in (channels, *widths) if w % 32 and 32 % w]: raise ValueError(f"widths {bad} must be multiples of 32 (or, in a toy, divide 32), as GroupNorm asks: change channels or multipliers")
+    if groups < 1: raise ValueError(f"groups, those of each norm, must be at least 1, got {groups}")
+    if bad := [w for w in (channels, *widths) if w % groups and groups % w]: raise ValueError(f"widths {bad} must be multiples of {groups} (or, in a toy, divide {groups}), as GroupNorm in {groups} groups asks: change channels, multipliers or groups")
     attended = sorted({w for w, size in zip(widths, sizes) if size in attn_resolutions} | {widths[-1]})
     if bad := [w for w in attended if num_heads < 1 or w % num_heads]: raise ValueError(f"attention at widths {bad} cannot be split over {num_heads} heads")
     if num_classes is not None and num_classes < 1: raise ValueError(f"num_classes must be at least 1, or None for a network without labels; got {num_classes}")
@@ -182,19 +185,20 @@ class UNet(nn.Module):
         dropout:float=0.0,    # in every residual block
         num_classes:int|None=None, # labels 0..num_classes-1 are asked for, if given
         scale_shift:bool=True,# the embedding scales and shifts the norm; False: it is added before it
+        groups:int=32,        # of each norm; a network of 32 channels wants fewer
     ):
-        super().__init__(); check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes)
+        super().__init__(); check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes, groups)
         self.in_channels, self.channels, self.halvings, self.num_classes = in_channels, channels, len(mult) - 1, num_classes
         emb_dim, sizes = 4 * channels, (channels, mult, num_res_blocks, image_size)
-        res = lambda c1, c2: ResBlock(c1, c2, emb_dim, dropout, scale_shift)
-        blocks = lambda c1, c2, size: [res(c1, c2)] + [Attention(c2, num_heads)] * (size in attn_resolutions)
+        res = lambda c1, c2: ResBlock(c1, c2, emb_dim, dropout, scale_shift, groups)
+        blocks = lambda c1, c2, size: [res(c1, c2)] + [Attention(c2, num_heads, groups)] * (size in attn_resolutions)
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if num_classes: self.label_embed = nn.Embedding(num_classes, emb_dim)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, widths = way_down(blocks, *sizes)
-        self.middle = Stage([res(widths[-1], widths[-1]), Attention(widths[-1], num_heads), res(widths[-1], widths[-1])])
+        self.middle = Stage([res(widths[-1], widths[-1]), Attention(widths[-1], num_heads, groups), res(widths[-1], widths[-1])])
         self.up = way_up(blocks, *sizes, widths)
-        self.norm_out, self.conv_out = Norm(mult[0] * channels), zero(nn.Conv2d(mult[0] * channels, out_channels, 3, padding=1))
+        self.norm_out, self.conv_out = Norm(mult[0] * channels, groups), zero(nn.Conv2d(mult[0] * channels, out_channels, 3, padding=1))
 
     def forward(self,
         x:Tensor, t:Tensor, # noisy images (B,in_channels,H,W); what stands for t, `model_time(s, t)`, (B,)

@@ -71,7 +71,7 @@ def full(preset:str, steps:int, linear=None, cosine=None) -> dict: # a table of 
             "budget": {"images": 1000, "samples": 10_000, "steps": 250, "precision": "bfloat16"}}
 
 SCALES = {
-    "digits": Scale(small("digits", None, 40, (1,), (), T=120), paper_rows(120), (1, 8, 8), "digits", {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "batches": 4}, {}),
+    "digits": Scale(small("digits", None, 40, (1,), (), T=120), paper_rows(120), (1, 8, 8), "digits", {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "draws": 2}, {}),
     "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32)),
                      (1, 16, 16), "mnist", {"precision": "bfloat16", "images": 250, "samples": 400}, extras(1000)),
     "cifar10-small": Scale(replace(PRESETS["cifar10"], model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)), paper_rows(4000), (3, 32, 32), "cifar10", {"images": 1000, "samples": 5000, "precision": "bfloat16"}, extras(4000)),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'STUDIES', 'Row', 'paper_rows', 'Scale', 'extras', 'small', 'full', 'row_config', 'trained', 'task_of',
-           'read_record', 'options', 'run_row', 'gpu_hours', 'TablesOptions', 'iddpm_tables', 'chosen', 'with_data']
+           'read_record', 'options', 'run_row', 'gpu_hours', 'TablesOptions', 'iddpm_tables', 'ready', 'chosen',
+           'with_data']
 
 # %% ../nbs/16_paper_tables.ipynb #c6ceae67
 import json
@@ -22,6 +23,7 @@ from .data import Images
 from .engine import flops
 from .features import get_features
 from .measuring import reference
+from .metrics import fidelity
 from .run import images_of, pick_device, recall, saved_config, train_run
 from .studies import Task, bits, few_steps, gradients, respaced_bits, samples, skipped
 from .unet import UNet
@@ -36,9 +38,10 @@ class Row:
     channels: int | None = None # None: the scale's
     groups: int | None = None
     dropout: float | None = None
+    clip: float | None = None   # of the gradient; None: the scale's
 
     @property
-    def name(self): return "-".join([self.schedule, str(self.T), self.loss, *(f"{v}{k}" for k in ("channels", "groups") if (v := getattr(self, k)) is not None)])
+    def name(self): return "-".join([self.schedule, str(self.T), self.loss, *(f"{v}{k}" for k in ("channels", "groups", "clip") if (v := getattr(self, k)) is not None)])
 
 def paper_rows(
     T:int,         # in the place of the paper's 4,000
@@ -74,7 +77,7 @@ def full(preset:str, steps:int, linear=None, cosine=None) -> dict: # a table of 
 
 SCALES = {
     "digits": Scale(small("digits", None, 40, (1,), (), T=120), paper_rows(120), (1, 8, 8), "digits", {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "draws": 2}, {}),
-    "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32)),
+    "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32), Row("cosine", 1000, "vlb", clip=1)),
                      (1, 16, 16), "mnist", {"precision": "bfloat16", "images": 250, "samples": 400}, extras(1000)),
     "cifar10-small": Scale(replace(PRESETS["cifar10"], model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)), paper_rows(4000), (3, 32, 32), "cifar10", {"images": 1000, "samples": 5000, "precision": "bfloat16"}, extras(4000)),
     "cifar10": Scale(shape=(3, 32, 32), **full("cifar10", 500_000, 0.1, 0.3)),
@@ -93,7 +96,7 @@ def row_config(
     model = replace(b.model, **{k: v for k in ("channels", "groups", "dropout") if (v := getattr(row, k)) is not None})
     diffusion = replace(b.diffusion, T=row.T, schedule=row.schedule, loss=row.loss, variance="beta" if row.loss == "simple" else "learned",
                         sampler="importance" if row.loss == "vlb" else "uniform")
-    return Config(replace(b.data, root=root), model, diffusion, replace(b.train, seed=seed, lr=b.train.lr * (b.model.channels / model.channels)**0.5))
+    return Config(replace(b.data, root=root), model, diffusion, replace(b.train, seed=seed, lr=b.train.lr * (b.model.channels / model.channels)**0.5, clip=b.train.clip if row.clip is None else row.clip))
 
 # %% ../nbs/16_paper_tables.ipynb #8e8c7f8c
 def trained(
@@ -178,12 +181,18 @@ def iddpm_tables(args=None):
     "Run lines of the paper's tables."
     o = tyro.cli(TablesOptions, args=args, prog="iddpm_tables")
     if o.scale not in SCALES: raise ValueError(f"unknown scale {o.scale!r}: choose {', '.join(SCALES)}")
+    if not all(k.strip().isdigit() for k in o.seeds.split(",")): raise ValueError(f"--seeds must be whole numbers, separated by commas, got {o.seeds!r}")
     scale = SCALES[o.scale] if o.data is None else with_data(SCALES[o.scale], o.data)
-    rows, studies, seeds = chosen("rows", o.rows, {r.name: r for r in scale.rows}), tuple(chosen("studies", o.studies, STUDIES)), [int(k) for k in o.seeds.split(",")]
-    for seed in seeds:
+    rows, studies = chosen("rows", o.rows, {r.name: r for r in scale.rows}), tuple(chosen("studies", o.studies, STUDIES))
+    if not o.plan: ready()
+    for seed in map(int, o.seeds.split(",")):
         for name, row in rows.items():
-            print(f"{name}, seed {seed}" + (f": about {gpu_hours(scale, row):.1f} hours of a GPU that keeps up 3e14 operations a second" if o.plan else ""), flush=True)
+            print(f"{name}, seed {seed}" + (f": about {gpu_hours(scale, row):.2g} hours of a GPU that keeps up 3e14 operations a second" if o.plan else ""), flush=True)
             if not o.plan: run_row(scale, row, seed, Path(o.runs) / o.scale, Path(o.out) / o.scale, studies, o.root, o.device)
+
+def ready(): # whatever is missing is missed before the training
+    try: fidelity()
+    except ImportError as e: raise ValueError(e) from e
 
 def chosen(what:str, names:str, among:dict) -> dict: # those named, or all
     wanted = list(among) if names == "all" else names.split(",")

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 import safetensors
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import checkpoints, ema_file, load_model, read_model, whole
 from .data import Images, to_float
+from .distributed import spread
+from .engine import InPrecision, fast_network, pick_precision
 from .forward import Schedule
 from .judge import class_probs, nearest
 from .likelihood import Bits, bits_per_dim, histogram_bits
+from .memory import images_at_a_time
 from .pictures import image_grid
 from .sampling import sample
+from .train import Alone
 
 # %% ../nbs/10a_models.ipynb #1abcb8af
 @dataclass(eq=False)
@@ -34,24 +38,32 @@ class Bundle:
     schedule: Schedule  # the schedule it was trained with
     config: dict        # all about it
 
-    def sample(self, n:int=64, steps=50, seed:int=0, method:str="ddpm", eta:float=0.0, variance:str|None=None, progress:bool=False, cond:dict|None=None, guidance:float=1.0, **kwargs) -> Tensor: # (n,C,H,W) in [-1,1]
-        "n images; `steps` as in `space_timesteps`, None for all; of random classes, if there are any and `cond` names none; guided, if guidance is not 1 (chapter 12); see `sampling.sample` for the rest."
+    def sample(self, n:int=64, steps=50, seed:int=0, method:str="ddpm", eta:float=0.0, variance:str|None=None, progress:bool=False, cond:dict|None=None, guidance:float=1.0, chunk:int|None=None, **kwargs) -> Tensor: # (n,C,H,W) in [-1,1]
+        "n images; `steps` as in `space_timesteps`, None for all; of random classes, if there are any and `cond` names none; guided, if guidance is not 1 (chapter 12); as many at a time as fit, if no chunk is given (08f); see `sampling.sample` for the rest."
         generator, cond = torch.Generator(next(self.net.parameters()).device).manual_seed(seed), dict(cond or {})
         network, k = self.config.get("network", {}), len(self.config.get("classes", ()))
         if (low := network.get("low_size")) and "low" not in cond: raise ValueError(f"this model enlarges images of {low}x{low}: give small ones, as cond={{'low': ...}}, or a base model that draws them (upsample.cascade)")
         if network.get("num_classes") and "y" not in cond: cond["y"] = torch.randint(k, (n,), generator=generator, device=generator.device)
         net = self.net if guidance == 1 else import_module("iddpm_nb.conditioning").Guided(self.net, guidance, k)
+        if chunk is None: chunk = images_at_a_time(self.net, self.config["shape"], generator.device, cond, 1 if guidance == 1 else 2)
         return sample(net, self.schedule, (n, *self.config["shape"]), steps, method, eta, generator, cond, progress=progress,
-                      variance=variance or self.config["variance"], **kwargs)
+                      variance=variance or self.config["variance"], chunk=chunk, **kwargs)
 
-    def bits_per_dim(self, images:Tensor, num_t:int|None=None, seed:int=0, cond:dict|None=None, **kwargs) -> Bits:
+    def bits_per_dim(self, images:Tensor, num_t:int|None=None, seed:int=0, cond:dict|None=None, chunk:int|None=None, **kwargs) -> Bits:
         "Bits per dimension of images, uint8 or float in [-1,1]; labels, if the network wants any, are `cond`'s y; small images it makes itself; see `likelihood.bits_per_dim`."
         device = next(self.net.parameters()).device
         x0 = (to_float(images) if images.dtype == torch.uint8 else images.float()).to(device)
         if list(x0.shape[1:]) != self.config["shape"]: raise ValueError(f"this model knows images {tuple(self.config['shape'])}, got {tuple(x0.shape[1:])}")
         generator, cond = torch.Generator(device).manual_seed(seed), dict(cond or {})
         cond |= import_module("iddpm_nb.upsample").asked_for(self.config.get("network", {}), x0, cond.get("y"), cond.get("low"), generator)
-        return bits_per_dim(self.net, self.schedule, x0, variance=self.config["variance"], num_t=num_t, generator=generator, cond=cond, **kwargs)
+        if chunk is None: chunk = images_at_a_time(self.net, self.config["shape"], device, cond)
+        return bits_per_dim(self.net, self.schedule, x0, variance=self.config["variance"], num_t=num_t, generator=generator, cond=cond, chunk=chunk, **kwargs)
+
+    def quick(self, precision:str="auto", compile:str="off", team=Alone()) -> "Bundle":
+        "The same model, to be asked without gradients: in the kind of number that suits the processor, compiled if wished (chapter 08e), by all processes of a team together (08b)."
+        device = next(self.net.parameters()).device
+        net = InPrecision(fast_network(self.net, device, compile), pick_precision(precision, device, self.config["shape"][-1]))
+        return replace(self, net=spread(net, team))
 
 # %% ../nbs/10a_models.ipynb #18769174
 def weights_file(

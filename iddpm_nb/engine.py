@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from .data import SUFFIXES, Batches, Images, load_images, mirrored, read_image, to_float
+from .data import Batches, Images, listed, load_images, mirrored, of_split, read_image, to_float
+from .distributed import Wrapped
 from .train import autocast
 
 # %% ../nbs/08e_speed.ipynb #6533930a
@@ -72,20 +73,14 @@ def pick_precision(
     else: fast = device.type == "cpu" and image_size >= 32 and native_bfloat16()
     return "bfloat16" if fast else "float32"
 
-class InPrecision(nn.Module):
+class InPrecision(Wrapped):
     "A network called in another kind of number: for sampling and bits/dim. What comes out is float32. (`train_step` has a context of its own.)"
     def __init__(self,
         net,           # (x, t_model, **cond) -> out
         precision:str, # "float32" or "bfloat16"
     ):
-        super().__init__()
-        self.net, self.precision = net, precision
-
-    def __getattr__(self, name): # what the network says about itself: num_classes, in_channels
-        try: return super().__getattr__(name)
-        except AttributeError:
-            if name == "net": raise
-            return getattr(self.net, name)
+        super().__init__(net)
+        self.precision = precision
 
     def forward(self, x:Tensor, t:Tensor, **cond) -> Tensor:
         with autocast(x.device, self.precision): return self.net(x, t, **cond).float()
@@ -113,7 +108,7 @@ def fast_network(
 def free_memory(device) -> int: # bytes
     "What is free now, on a GPU or on the host (within the limit of a container, if there is one)."
     device = torch.device(device)
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)    # what PyTorch keeps for itself is free for it
     try: free = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) * 1024
     except (OSError, StopIteration): free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2     # no Linux: half of all
     try: limit, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text()) for k in ("max", "current"))
@@ -131,19 +126,12 @@ class Files:
         mode:str="RGB",      # "RGB" or "L" (grey)
         split:str="all",     # every tenth is "test"
     ):
-        folder, keep = Path(folder), {"train": lambda i: i % 10 != 9, "test": lambda i: i % 10 == 9, "all": lambda i: True}
-        if split not in keep: raise ValueError(f"split must be train, test or all; got {split!r}")
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        if not found: raise ValueError(f"no images in {folder.resolve()} (looked for {' '.join(sorted(SUFFIXES))})")
-        tops = [p.relative_to(folder).parts[:-1] for p in found]
-        self.classes = tuple(sorted({t[0] for t in tops})) if all(tops) else ()
-        self.size, self.mode, self.name = size, mode, f"{folder}/{split}"
-        self.first, mine = read_image(found[0], size, mode), [i for i in range(len(found)) if keep[split](i)]
-        self.paths = [found[i] for i in mine]
-        self.labels = torch.tensor([self.classes.index(tops[i][0]) for i in mine]) if self.classes else None
-        self.shape = torch.Size([len(mine), *self.first.shape])
-        listed = "".join(f"{p.relative_to(folder)} {p.stat().st_size}\n" for p in self.paths)
-        self.sum = hashlib.sha256(listed.encode()).hexdigest()
+        found, labels, self.classes = listed(folder)
+        mine = of_split(len(found), split)
+        self.size, self.mode, self.name, self.first = size, mode, f"{folder}/{split}", read_image(found[0], size, mode)
+        self.paths, self.labels = [p for p, m in zip(found, mine) if m], None if labels is None else labels[mine]
+        self.shape = torch.Size([len(self.paths), *self.first.shape])
+        self.sum = hashlib.sha256("".join(f"{p.relative_to(folder)} {p.stat().st_size}\n" for p in self.paths).encode()).hexdigest()
 
     @property
     def images(self): return self

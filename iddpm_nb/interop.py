@@ -191,7 +191,7 @@ def describe_openai(
 ) -> dict: # as `config.describe` makes it; how long and with what batches it was trained is not known
     "The configuration that our own checkpoint would carry."
     (C, learned), low = image_channels(network), network.get("low_size")
-    model = ModelConfig(**{f.name: network[f.name] for f in dataclasses.fields(ModelConfig)})
+    model = ModelConfig(**{f.name: network[f.name] for f in dataclasses.fields(ModelConfig) if f.name in network})       # groups are 32 in all of them
     s, loss, variance = known["schedule"], known["loss"] if learned else "simple", "learned" if learned else "beta"
     c = Config(DataConfig("cifar10" if name.startswith("cifar10") else "", network["image_size"], C == 1, class_cond=bool(network["num_classes"]), upsample_from=low), model,
                DiffusionConfig(s["T"], s["name"], s["rescale_t"], loss, variance, known["lam"], "importance" if loss == "vlb" else "uniform"))

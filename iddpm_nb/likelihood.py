@@ -14,7 +14,7 @@ from torch import Tensor
 from .forward import Schedule, model_time, q_sample
 from .losses import prior_term, vlb_term
 from .pictures import progress_bar
-from .sampling import evaluating, normal
+from .sampling import evaluating, normal, portions
 
 # %% ../nbs/10_likelihood.ipynb #d037abdc
 class Bits(NamedTuple):
@@ -55,9 +55,9 @@ def check_images(x0, cond):
     for k, v in (cond or {}).items():
         if len(v) != len(x0): raise ValueError(f"cond[{k!r}] must have a row for each of the {len(x0)} images, got {len(v)}")
 
-def term(net, s, x0, t, generator, cond, clip_x0, variance):
-    "The bound's term at steps t (B,), with one fresh draw of x_t for each image."
-    xt = q_sample(s, x0, t, normal(x0.shape, generator, x0.device).to(x0))
+def term(net, s, x0, t, eps, cond, clip_x0, variance):
+    "The bound's term at steps t (B,), with one x_t for each image, made from noise eps."
+    xt = q_sample(s, x0, t, eps)
     out = net(xt, model_time(s, t), **cond).to(x0.dtype)
     return vlb_term(s, out, x0, xt, t, clip_x0, variance)
 
@@ -72,20 +72,20 @@ def bits_per_dim(
     num_t:int|None=None,    # evaluate so many steps for each image; None: all
     generator=None,         # of noise and steps
     cond=None,              # further arguments of the network, each with B rows
-    chunk:int=256,          # images at a time
+    chunk:int=256,          # images that the network is shown at a time; what comes out does not depend on it
     progress:bool=False,    # draw a bar
 ) -> Bits:
     "The bound L_0 + ... + L_T in bits per dimension: exact in t, or an unbiased estimate from fewer."
     check_images(x0, cond)
     if chunk < 1: raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
-    s, rows = s.to(x0.device), []
+    s, cond, columns = s.to(x0.device), {k: v.to(x0.device) for k, v in (cond or {}).items()}, []
     t, weights = choose_t(len(s), num_t, len(x0), generator)
     with evaluating(net), progress_bar(t.numel(), "term", progress) as bar:
-        for x, ts, i in zip(x0.split(chunk), t.split(chunk), torch.arange(len(x0)).split(chunk)):
-            part, terms = {k: v[i.to(v.device)].to(x.device) for k, v in (cond or {}).items()}, []
-            for tk in ts.T.to(x.device): terms.append(term(net, s, x, tk, generator, part, clip_x0, variance)); bar.update(len(x))
-            rows.append(torch.stack(terms, 1).cpu().double())
-    terms, prior = torch.cat(rows), prior_term(s, x0).cpu().double()
+        for tk in t.T:
+            eps, tk = normal(x0.shape, generator, x0.device).to(x0), tk.to(x0.device)       # for all images at once
+            for p in portions(len(x0), chunk):
+                columns.append(term(net, s, x0[p], tk[p], eps[p], {k: v[p] for k, v in cond.items()}, clip_x0, variance)); bar.update(len(x0[p]))
+    terms, prior = torch.cat(columns).reshape(t.shape[1], -1).T.cpu().double(), prior_term(s, x0).cpu().double()
     total = terms @ weights + prior
     return Bits(total, terms, prior, terms[:, 0], t, weights, float(total.std() / len(total)**0.5) if len(total) > 1 else float("nan"))
 

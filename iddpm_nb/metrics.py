@@ -33,6 +33,7 @@ def frechet(
     a:dict, b:dict, # of `statistics`
 ) -> float: # at least 0
     "The squared Frechet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID, if the features are Inception's."
+    if not all(torch.as_tensor(v).isfinite().all() for s in (a, b) for v in s.values()): raise ValueError("statistics must be finite")
     if a["mu"].shape != b["mu"].shape: raise ValueError(f"the two sets have {len(a['mu'])} and {len(b['mu'])} features: they must come from one network")
     return max(fidelity().metric_fid.fid_statistics_to_metric(a, b, False)["frechet_inception_distance"], 0.0)    # rounding may leave -1e-14
 
@@ -75,8 +76,9 @@ def precision_recall(
 ) -> tuple[float, float]: # precision and recall, in 0..1
     "The share of samples among the reference, and of the reference among samples (Kynkaanniemi et al. 2019)."
     if feats.ndim != 2 or ref.ndim != 2 or feats.shape[1] != ref.shape[1]: raise ValueError(f"features must be (N,F) and (M,F), got {tuple(feats.shape)} and {tuple(ref.shape)}")
-    if not 1 <= k < min(len(feats), len(ref)): raise ValueError(f"k must be at least 1 and below the number of images in each set, got k = {k} for {len(feats)} and {len(ref)}")
+    if int(k) != k or not 1 <= k < min(len(feats), len(ref)): raise ValueError(f"k must be a whole number of at least 1 and below the number of images in each set, got k = {k} for {len(feats)} and {len(ref)}")
+    if chunk < 1: raise ValueError(f"chunk, the rows at a time, must be at least 1, got {chunk}")
     if not (feats.isfinite().all() and ref.isfinite().all()): raise ValueError("features must be finite")
     a, b = (v.cpu().double().to("cpu" if torch.device(device).type == "mps" else device) for v in (feats, ref))      # MPS has no float64
-    r = fidelity().metric_prc.prc_features_to_metric(a, b, prc_neighborhood=k, prc_batch_size=chunk, save_cpu_ram=True, verbose=False)
+    r = fidelity().metric_prc.prc_features_to_metric(a, b, prc_neighborhood=int(k), prc_batch_size=chunk, save_cpu_ram=True, verbose=False)
     return r["precision"], r["recall"]

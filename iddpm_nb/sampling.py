@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ddpm_step', 'ddim_step', 'respace', 'evenly', 'every', 'space_timesteps', 'normal', 'evaluating', 'check_request',
-           'home', 'Step', 'chain', 'sample']
+           'home', 'portions', 'Step', 'chain', 'sample']
 
 # %% ../nbs/09_respaced_sampling.ipynb #2e706b2d
 from collections.abc import Callable, Iterator
@@ -112,10 +112,8 @@ def normal(
     return torch.randn(shape, generator=generator, device=device if generator is None else generator.device).to(device)
 
 @contextmanager
-def evaluating(
-    net, # a network; what is no nn.Module passes as it is
-):
-    "A network without dropout for the duration; afterwards every part of it is in the mode in which it was."
+def evaluating(net):
+    "A network without dropout for the duration; afterwards every part of it is in the mode in which it was. What is no nn.Module passes as it is."
     was = [(m, m.training) for m in net.modules()] if isinstance(net, nn.Module) else []
     try:
         if was: net.eval()
@@ -138,6 +136,10 @@ def home(net, s):
     return s.beta.device if p is None else p.device
 
 # %% ../nbs/09_respaced_sampling.ipynb #9b2a25c7
+def portions(n:int, chunk:int|None) -> list[slice]:
+    "The places of n images, a chunk at a time; None: all at once."
+    return [slice(a, a + (chunk or n)) for a in range(0, n, chunk or n)]
+
 class Step(NamedTuple):
     "A moment of a chain."
     t: int          # the step just taken, 0-based; after t = 0 the images are done
@@ -148,22 +150,25 @@ def chain(
     net,               # (x, t_model, **cond) -> out
     s:Schedule,        # the schedule, already respaced
     x:Tensor,          # where to start: x_T, (B,C,H,W)
-    method:str="ddpm", # "ddpm" or "ddim"
-    eta:float=0.0,     # for ddim
+    method:str="ddpm", eta:float=0.0, # "ddpm" or "ddim"; eta is for ddim
     generator=None,    # of the noise
     cond=None,         # further arguments of the network
     clip_x0:bool=True, # clamp x0_hat to [-1,1]
     variance:str="learned", # for ddpm: "learned", "beta" or "beta_tilde"
+    chunk:int|None=None,    # images that the network is shown at a time; None: all
+    tick:Callable=lambda: None, # called after each chunk
 ) -> Iterator[Step]:
     "The reverse chain step by step, from t = T-1 to 0. The network is used in the mode in which it is."
     if method not in ("ddpm", "ddim"): raise ValueError(f"unknown method {method!r}: choose ddpm or ddim")
     if variance not in ("learned", "beta", "beta_tilde"): raise ValueError(f"unknown variance {variance!r}: choose learned, beta or beta_tilde")
     if method == "ddpm" and eta: raise ValueError(f"eta = {eta} belongs to method='ddim'; the noise of ddpm is chosen by `variance`")
+    def moved(x, t, noise, **cond): # one chunk
+        out = net(x, model_time(s, t), **cond).to(x.dtype); tick()
+        return ddpm_step(s, out, x, t, noise, clip_x0, variance) if method == "ddpm" else ddim_step(s, out, x, t, noise, eta, clip_x0)
     for i in reversed(range(len(s))):
         t = torch.full((len(x),), i, device=x.device)
-        out = net(x, model_time(s, t), **(cond or {})).to(x.dtype)
-        noise = normal(x.shape, generator, x.device).to(x) if eta or method == "ddpm" else torch.zeros_like(x)
-        x = ddpm_step(s, out, x, t, noise, clip_x0, variance) if method == "ddpm" else ddim_step(s, out, x, t, noise, eta, clip_x0)
+        noise = normal(x.shape, generator, x.device).to(x) if eta or method == "ddpm" else torch.zeros_like(x)    # for all images at once
+        x = torch.cat([moved(x[p], t[p], noise[p], **{k: v[p] for k, v in (cond or {}).items()}) for p in portions(len(x), chunk)])
         yield Step(i, x)
 
 # %% ../nbs/09_respaced_sampling.ipynb #4d0804b2
@@ -172,28 +177,24 @@ def sample(
     s:Schedule,        # the schedule
     shape,             # (N,C,H,W)
     steps=None,        # as for `space_timesteps`; None: all
-    method:str="ddpm", # "ddpm" or "ddim"
-    eta:float=0.0,     # for ddim
+    method:str="ddpm", eta:float=0.0, # "ddpm" or "ddim"; eta is for ddim
     generator=None,    # of all noise. None: torch's own
     cond=None,         # further arguments of the network, each with N rows: {"y": labels}
     progress:bool=True,# draw a bar
     clip_x0:bool=True, # clamp x0_hat to [-1,1]
     variance:str="learned", # for ddpm: "learned", "beta" or "beta_tilde"
-    chunk:int=256,     # images at a time
+    chunk:int=256,     # images that the network is shown at a time; what comes out does not depend on it
     device=None,       # None: the network's, or the schedule's if `net` is a plain function
     x_T:Tensor=None,   # where to start, (N,C,H,W); None: noise
-    callback:Callable=None, # called after every step with (t, x of the chunk)
+    callback:Callable=None, # called after every step with (t, x)
 ) -> Tensor: # (N,C,H,W), float32, in [-1,1] if clip_x0
     "Images from noise."
     check_request(shape, cond, chunk, x_T)
     s = s if steps is None else respace(s, space_timesteps(len(s), steps))
-    device, done = device or home(net, s), []
+    device = device or home(net, s)
     s, x_T = s.to(device), normal(shape, generator, device) if x_T is None else x_T.to(device, torch.float32)
-    with evaluating(net), progress_bar(-(-len(x_T) // chunk) * len(s), "step", progress) as bar:
-        for a in range(0, len(x_T), chunk):
-            part = {k: v[a:a + chunk].to(device) for k, v in (cond or {}).items()}
-            for step in chain(net, s, x_T[a:a + chunk], method, eta, generator, part, clip_x0, variance):
-                bar.update()
-                if callback: callback(*step)
-            done.append(step.x)
-    return torch.cat(done)
+    cond = {k: v.to(device) for k, v in (cond or {}).items()}
+    with evaluating(net), progress_bar(len(portions(len(x_T), chunk)) * len(s), "step", progress) as bar:
+        for step in chain(net, s, x_T, method, eta, generator, cond, clip_x0, variance, chunk, bar.update):
+            if callback: callback(*step)
+    return step.x

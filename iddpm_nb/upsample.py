@@ -20,14 +20,18 @@ def block_mean(
     size:int, # the new height and width; must divide H
 ) -> Tensor: # float (B,C,size,size)
     "The mean of each block of pixels."
-    if size < 1 or x.shape[-1] % size or x.shape[-2] % size: raise ValueError(f"images of {x.shape[-2]}x{x.shape[-1]} cannot be made {size}x{size} by averaging blocks: {x.shape[-1]} is no multiple of {size}")
-    return F.avg_pool2d(x, (x.shape[-2] // size, x.shape[-1] // size))
+    if x.ndim != 4 or (H := x.shape[-1]) != x.shape[-2]: raise ValueError(f"images must be square, (B,C,H,H), got {tuple(x.shape)}")
+    if size < 1 or H % size: raise ValueError(f"images of {H}x{H} cannot be made {size}x{size} by averaging blocks: {H} is no multiple of {size}")
+    return F.avg_pool2d(x, H // size)
 
 def lower(
     images:Tensor, # uint8, or float in [-1,1], (B,C,H,H)
     size:int,      # the new height and width; must divide H
 ) -> Tensor: # (B,C,size,size), of the same type, on the 256 levels
     "Small images: the mean of each block, rounded to the nearest of the 256 levels."
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point(): raise TypeError(f"images must be uint8, or floats in [-1,1], got {images.dtype}")
+        if images.device.type == "cpu" and not (images.abs() <= 1.001).all(): raise ValueError("images must lie in [-1,1] and be finite: use data.to_float")     # on a GPU a look would stop the stream
     levels = images if images.dtype == torch.uint8 else to_uint8(images)
     small = block_mean(levels.float(), size).round().to(torch.uint8)
     return small if images.dtype == torch.uint8 else to_float(small)
@@ -39,7 +43,7 @@ def enlarge(
     "Bilinear: between the centres of the small pixels values run straight, beyond the outer centres they are constant."
     return F.interpolate(low, (size, size), mode="bilinear", align_corners=False)
 
-# %% ../nbs/13_upsampling.ipynb #cb68842c
+# %% ../nbs/13_upsampling.ipynb #b8619eb8
 class Upsampler(nn.Module):
     "A U-Net that is shown a small image beside the noisy large one: (x, t, low, y) -> out."
     def __init__(self,
@@ -60,10 +64,11 @@ class Upsampler(nn.Module):
         low:Tensor|None=None,   # small images, (B,C,low_size,low_size) in [-1,1], with noise if `augment` says so
         y:Tensor|None=None,     # labels int64 (B,), if the network has classes
     ) -> Tensor: # (B,C,H,H) or (B,2C,H,H)
-        want = (len(x), self.in_channels, self.low_size, self.low_size)
-        if low is None: raise ValueError(f"this network enlarges images of {self.low_size}x{self.low_size} to {self.image_size}x{self.image_size}: it needs the small ones (low=...)")
-        if tuple(low.shape) != want or not low.is_floating_point(): raise ValueError(f"the small images must be floats {want} in [-1,1], got {low.dtype} {tuple(low.shape)}")
-        return self.net(torch.cat([x, enlarge(low.to(x.dtype), x.shape[-1])], 1), t, y)
+        H, h, C = self.image_size, self.low_size, self.in_channels
+        if x.shape[1:] != (C, H, H): raise ValueError(f"this network takes images (B,{C},{H},{H}), got {tuple(x.shape)}")
+        if low is None: raise ValueError(f"this network enlarges images of {h}x{h} to {H}x{H}: it needs the small ones (low=...)")
+        if low.shape != (want := (len(x), C, h, h)) or not low.is_floating_point() or low.device.type == "cpu" and not low.isfinite().all(): raise ValueError(f"the small images must be finite floats {want} in [-1,1], got {low.dtype} {tuple(low.shape)}")
+        return self.net(torch.cat([x, enlarge(low.to(x.dtype), H)], 1), t, y)
 
 # %% ../nbs/13_upsampling.ipynb #86689519
 def with_noise(
@@ -98,13 +103,14 @@ class Paired:
     def state_dict(self): return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
     def load_state_dict(self, state): self.batches.load_state_dict(state["batches"]); self.generator.set_state(state["noise"])
 
-# %% ../nbs/13_upsampling.ipynb #f61c4144
-def check_stages(base, upsampler): # one sentence for two models that do not fit
+# %% ../nbs/13_upsampling.ipynb #9c84a8a5
+def check_stages(base, upsampler, y): # one sentence for two models that do not fit
     shape, up = tuple(base.config["shape"]), upsampler.net
     if not hasattr(up, "low_size"): raise ValueError("the second stage is no upsampler: it takes no small images")
     want = (upsampler.config["shape"][0], up.low_size, up.low_size)
     if shape != want: raise ValueError(f"the base makes images {shape}, the upsampler enlarges images {want}: they do not fit")
     if up.num_classes and not (base.net.num_classes and list(base.config["classes"]) == list(upsampler.config["classes"])): raise ValueError("the upsampler has classes, and the base other ones or none: they do not fit")
+    if y is not None and not (base.net.num_classes or up.num_classes): raise ValueError("neither stage has classes: give no labels")
 
 def cascade(
     base,             # the model of small images: a `Bundle`, as `load` returns it
@@ -118,11 +124,12 @@ def cascade(
     **kwargs,         # for the `sample` of both
 ) -> tuple[Tensor, Tensor]: # large images (n,C,H,H), and the small ones they were made from
     "Small images, and the large ones made from them."
-    check_stages(base, upsampler)
-    g = torch.Generator().manual_seed(seed)
+    check_stages(base, upsampler, y)
+    g = torch.Generator().manual_seed(seed + 2)
     if y is None and len(base.config["classes"]): y = torch.randint(len(base.config["classes"]), (n,), generator=g)
     told = lambda model: {"y": y} if model.net.num_classes else {}
-    low = lower(base.sample(n, steps_base, seed, progress=progress, cond=told(base), **kwargs, **({} if guidance == 1 else {"guidance": guidance})).cpu(), upsampler.net.low_size)
+    drawn = base.sample(n, steps_base, seed, progress=progress, cond=told(base), guidance=guidance, **kwargs)
+    low = lower(drawn.cpu().clamp(-1, 1), upsampler.net.low_size)
     cond = {"low": with_noise(low, upsampler.net.augment, g)} | told(upsampler)
     return upsampler.sample(n, steps_up, seed + 1, progress=progress, cond=cond, **kwargs), low
 
@@ -168,14 +175,14 @@ def to_show(
     if network.get("low_size"):
         if shown is None: raise ValueError("an upsampler needs images to enlarge")
         n, y = min(n, len(shown)), shown.labels
-        return n, asked_for(network, to_float(shown.images[:n]), None if y is None else y[:n], generator=torch.Generator().manual_seed(0))
+        return n, asked_for(network, to_float(shown.images[:n]), None if y is None else y[:n], generator=torch.Generator().manual_seed(2**31))     # a seed that no sampling takes
     return n, {"y": labels_for(range(len(config["classes"])), n)} if network.get("num_classes") else {}
 
 def side_by_side(
     low:Tensor, x:Tensor, real:Tensor, # small, enlarged and original images, floats in [-1,1]
     cols:int=10, # of the grid
 ) -> Tensor: # (N,C,H,W), for `image_grid` with so many columns
-    "Three rows after each other: small, enlarged, original; then the next."
+    "Three rows after each other: small, enlarged, original; then the next. Of more than one row only full ones."
     n = max(len(x) // cols * cols, min(len(x), cols))
     rows = [F.interpolate(low[:n].float().cpu(), x.shape[-2:]), x[:n].cpu(), real[:n].cpu()]
     return torch.cat([v[a:a + cols] for a in range(0, n, cols) for v in rows])

@@ -150,7 +150,7 @@ def test_two_processes_sample_and_measure_as_one(site, whole):
     from iddpm_nb.data import digits, to_uint8
     from iddpm_nb.run import load
     both = whole.parent / "both.py"                                       # two commands in one start, which is slow
-    both.write_text("from iddpm_nb.cli import *\niddpm_sample('run --n 5 --steps 10 --out five.png --device cpu'.split())\niddpm_eval('run --n 7 --out bits.json --device cpu'.split())\n")
+    both.write_text("from iddpm_nb.cli import iddpm_sample\nfrom iddpm_nb.evaluate import iddpm_eval\niddpm_sample('run --n 5 --steps 10 --out five.png --device cpu'.split())\niddpm_eval('run --n 7 --out bits.json --device cpu'.split())\n")
     said = torchrun(site, both, folder=whole.parent)
     assert said.count("5 images in") == 1 and said.count("written to") == 1, f"more than one process speaks, or none:\n{said}"
 

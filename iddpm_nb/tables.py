@@ -79,7 +79,7 @@ SCALES = {
     "digits": Scale(small("digits", None, 40, (1,), (), T=120), paper_rows(120), (1, 8, 8), "digits", {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "draws": 2}, {}),
     "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32), Row("cosine", 1000, "vlb", clip=1)),
                      (1, 16, 16), "mnist", {"precision": "bfloat16", "images": 250, "samples": 400}, extras(1000)),
-    "cifar10-small": Scale(replace(PRESETS["cifar10"], model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)), paper_rows(4000), (3, 32, 32), "cifar10", {"images": 1000, "samples": 5000, "precision": "bfloat16"}, extras(4000)),
+    "cifar10-small": Scale(**(full("cifar10", 500_000) | {"base": replace(PRESETS["cifar10"], model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)), "features": "cifar10"}), shape=(3, 32, 32)),
     "cifar10": Scale(shape=(3, 32, 32), **full("cifar10", 500_000, 0.1, 0.3)),
     "imagenet64": Scale(shape=(3, 64, 64), **full("imagenet64", 200_000)),
 }

@@ -107,3 +107,16 @@ def test_inception_that_cannot_be_fetched(run):
             "with mock.patch('torch.hub.download_url_to_file', side_effect=urllib.error.URLError('no network')): iddpm_eval('made.npz --data made.npz --fid --device cpu'.split())")
     said = run("python", line, status=1)
     assert "weights-inception-2015-12-05-6726825d.pth" in said and "hub/checkpoints" in said and "--features" in said and "Traceback" not in said
+
+
+def test_lines_of_the_tables(run):
+    line = ("iddpm_tables", "digits", "--rows", "cosine-120-hybrid", "--seeds", "0", "--device", "cpu")
+    run(*line)
+    record = run.folder / "results/tables/digits/cosine-120-hybrid-0.json"
+    before = record.read_bytes()
+    assert {"bits", "samples", "commit", "options"} <= set(json.loads(before))
+    run(*line)
+    assert record.read_bytes() == before
+    said = run("iddpm_tables", "digits", "--rows", "cosine-120-hybird", status=1)
+    assert "cosine-120-hybrid" in said and "Traceback" not in said
+    assert "hours of a GPU" in run("iddpm_tables", "cifar10", "--rows", "cosine-4000-vlb", "--seeds", "0", "--plan")

@@ -126,12 +126,14 @@ from iddpm_nb.train import train
 
 data = DataConfig(class_cond=True, label_drop=0.3, upsample_from=4, noise_augment=0.1)
 c = Config(data, ModelConfig(mult=(1,), attn_resolutions=()), DiffusionConfig(T=30), TrainConfig(batch=8, precision="float32", compile="off"))
-with join("cpu") as team:
-    run, s, _ = begin(c, digits(), torch.device("cpu"), team)
-    torch.manual_seed(0)
-    with torch.no_grad(): run.net.net.conv_out.weight.normal_(std=0.1)         # at 0 no gradient would reach what is before it
-    for _ in train(run, s, 2, lr=1e-5, precision="float32"): pass
-    if team.rank == 0: torch.save({k: p.grad for k, p in run.net.named_parameters()}, sys.argv[1])
+def main():                                    # what holds the team's threads is gone before Python ends
+    with join("cpu") as team:
+        run, s, _ = begin(c, digits(), torch.device("cpu"), team)
+        torch.manual_seed(0)
+        with torch.no_grad(): run.net.net.conv_out.weight.normal_(std=0.1)         # at 0 no gradient would reach what is before it
+        for _ in train(run, s, 2, lr=1e-5, precision="float32"): pass
+        if team.rank == 0: torch.save({k: p.grad for k, p in run.net.named_parameters()}, sys.argv[1])
+main()
 '''
 
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'STUDIES', 'Row', 'paper_rows', 'Scale', 'extras', 'small', 'full', 'row_config', 'trained', 'task_of',
-           'read_record', 'options', 'run_row', 'gpu_hours', 'TablesOptions', 'iddpm_tables', 'ready', 'chosen',
-           'with_data']
+           'read_record', 'options', 'run_row', 'gpu_hours', 'TablesOptions', 'iddpm_tables', 'ready', 'chosen']
 
 # %% ../nbs/16_paper_tables.ipynb #c6ceae67
 import json
@@ -77,7 +76,8 @@ def full(preset:str, steps:int, linear=None, cosine=None) -> dict: # a table of 
 
 SCALES = {
     "digits": Scale(small("digits", None, 40, (1,), (), T=120), paper_rows(120), (1, 8, 8), "digits", {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "draws": 2}, {}),
-    "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32), Row("cosine", 1000, "vlb", clip=1)),
+    "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), Row("cosine", 1000, "vlb", clip=1),
+                     *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32)),
                      (1, 16, 16), "mnist", {"precision": "bfloat16", "images": 250, "samples": 400}, extras(1000)),
     "cifar10-small": Scale(**(full("cifar10", 500_000) | {"base": replace(PRESETS["cifar10"], model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)), "features": "cifar10"}), shape=(3, 32, 32)),
     "cifar10": Scale(shape=(3, 32, 32), **full("cifar10", 500_000, 0.1, 0.3)),
@@ -182,7 +182,8 @@ def iddpm_tables(args=None):
     o = tyro.cli(TablesOptions, args=args, prog="iddpm_tables")
     if o.scale not in SCALES: raise ValueError(f"unknown scale {o.scale!r}: choose {', '.join(SCALES)}")
     if not all(k.strip().isdigit() for k in o.seeds.split(",")): raise ValueError(f"--seeds must be whole numbers, separated by commas, got {o.seeds!r}")
-    scale = SCALES[o.scale] if o.data is None else with_data(SCALES[o.scale], o.data)
+    scale = SCALES[o.scale]
+    if o.data: scale = replace(scale, base=replace(scale.base, data=replace(scale.base.data, data=str(Path(o.data).resolve()))))
     rows, studies = chosen("rows", o.rows, {r.name: r for r in scale.rows}), tuple(chosen("studies", o.studies, STUDIES))
     if not o.plan: ready()
     for seed in map(int, o.seeds.split(",")):
@@ -198,6 +199,3 @@ def chosen(what:str, names:str, among:dict) -> dict: # those named, or all
     wanted = list(among) if names == "all" else names.split(",")
     if unknown := [n for n in wanted if n not in among]: raise ValueError(f"unknown {what} {', '.join(unknown)}: choose all, or among {', '.join(among)}")
     return {n: among[n] for n in wanted}
-
-def with_data(scale:Scale, data:str) -> Scale: # a scale, of other images
-    return replace(scale, base=replace(scale.base, data=replace(scale.base.data, data=str(Path(data).resolve()))))

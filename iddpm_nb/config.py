@@ -41,7 +41,7 @@ class ModelConfig:
     num_heads: int = 4                      # attention heads
     dropout: float = 0.0                    # in every residual block
     scale_shift: bool = True                # the embedding scales and shifts the norm; False: it is added before it
-    groups: int = 32                        # of each norm; a network of 32 channels wants fewer, 8 say
+    groups: int = 8                         # of each norm; 32 channels in 32 groups could not tell how bright an image is. The official networks, of 128 channels and more, have 32
 
 # %% ../nbs/08c_configuration.ipynb #ecc4fbd6
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Config:
     def from_dict(cls, d:dict) -> "Config":
         "The inverse of `dataclasses.asdict`, lists from JSON made tuples again."
         make = lambda f: f.default_factory(**{k: tuple(v) if isinstance(v, list) else v for k, v in d[f.name].items()})
-        try: return cls(**{f.name: make(f) for f in dataclasses.fields(cls)})
+        try:
+            d = d | {"model": {"groups": 32} | d["model"]}       # as all had before it could be chosen
+            return cls(**{f.name: make(f) for f in dataclasses.fields(cls)})
         except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"not the configuration of a run: {e}") from e
 
 # %% ../nbs/08c_configuration.ipynb #ec91917d
@@ -159,7 +161,7 @@ def describe(
 # %% ../nbs/08c_configuration.ipynb #4dfd430c
 def paper(steps, image_size, mult, data="", lr=1e-4, batch=128, T=4000, schedule="cosine", rescaled=True, class_cond=False, upsample_from=None, **model) -> Config:
     "A configuration of the paper: what all of them share, and what is given. `rescaled`: of timesteps and of the bound's terms."
-    model = {"channels": 128, "num_res_blocks": 3, "attn_resolutions": (16, 8)} | model
+    model = {"channels": 128, "num_res_blocks": 3, "attn_resolutions": (16, 8), "groups": 32} | model
     return Config(DataConfig(data, image_size if not data else None, class_cond=class_cond, upsample_from=upsample_from), ModelConfig(mult=mult, **model),
                   DiffusionConfig(T, schedule, rescaled, lam=0.001 if rescaled else 1 / T),
                   TrainConfig(steps, batch, lr=lr, warmup=0, anneal=False, ema=(), ema_plain=(0.9999,), log_every=100, sample_every=10_000, save_every=10_000))

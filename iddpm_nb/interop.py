@@ -78,7 +78,7 @@ def read_levels(
 def infer(
     tensors:dict,   # by official names
     image_size:int, # which they do not tell
-) -> dict: # arguments of `UNet`, all but heads and dropout
+) -> dict: # arguments of `UNet`, all but heads, groups and dropout
     "The architecture, read off the tensors."
     levels = read_levels(tensors)
     channels = mode(votes(tensors, "input_blocks.0.0.weight", "input_blocks.0.0.bias", "input_blocks.1.0.in_layers.0.weight", "input_blocks.1.0.in_layers.0.bias"))

@@ -42,10 +42,11 @@ def write(
 ):
     "Write a file so that after a crash it is whole, or as it was before: aside, flushed to disk, then renamed."
     path = Path(path)
-    aside = path.with_name(f".{path.name}.part")
-    with open(aside, "wb") as f:
-        f.write(data); f.flush(); os.fsync(f.fileno())
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    try:
+        with open(aside, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        os.replace(aside, path)
+    except (Exception, KeyboardInterrupt): aside.unlink(missing_ok=True); raise
     sync(path.parent)
 
 # %% ../nbs/08a_checkpoints.ipynb #d51042b1
@@ -180,7 +181,7 @@ def save_checkpoint(
     final, state = Path(folder) / f"{run.step:07d}", training_state(run)
     if run.team.rank: return final
     aside, before = final.with_name(f".{final.name}.part"), final.with_name(f"{final.name}.old")
-    for left in final.parent.glob(".*.part"): shutil.rmtree(left, ignore_errors=True)      # of a run that died while saving
+    for left in final.parent.glob(".*.part"): shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)      # of a run that died while saving
     aside.mkdir(parents=True)
     try: write_files(aside, run, config, state)
     except OSError: shutil.rmtree(aside, ignore_errors=True); raise

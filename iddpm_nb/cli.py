@@ -19,7 +19,7 @@ import tyro
 from .checkpoint import checkpoints, save_model
 from .config import PRESETS
 from .conditioning import class_numbers, labels_by_name, labels_for
-from .data import from_npz, to_float, to_uint8
+from .data import from_npz, named, to_float, to_uint8
 from .distributed import join
 from .interop import read_openai
 from .pictures import save_grid
@@ -36,9 +36,9 @@ def command(main):
         sys.exit(status)
     def run(args=None):
         try: main(args)
-        except KeyboardInterrupt as e: stop(e or "interrupted", 130)
+        except KeyboardInterrupt as e: stop(str(e) or "interrupted", 130)
         except torch.OutOfMemoryError: stop("the device has too little memory: use a smaller --micro or --chunk", 1)
-        except (ValueError, TypeError, IndexError, OSError, FloatingPointError) as e: stop(e, 1)
+        except (ValueError, TypeError, IndexError, OSError, ImportError, FloatingPointError) as e: stop(e, 1)
     run.__name__, run.__doc__ = main.__name__, main.__doc__
     return run
 
@@ -78,7 +78,7 @@ def iddpm_train(args=None):
     old = saved_config(folder) if folder is not None else PRESETS[preset or "digits"]
     o = tyro.cli(tyro.conf.OmitArgPrefixes[TrainOptions], args=args, prog="iddpm_train", default=TrainOptions(**{f.name: getattr(old, f.name) for f in dataclasses.fields(old)}))
     c = Config(o.data, o.model, o.diffusion, o.train)
-    if Path(c.data.data).exists() and c.data.data: c = dataclasses.replace(c, data=dataclasses.replace(c.data, data=str(Path(c.data.data).resolve())))   # found again from elsewhere
+    if c.data.data and not named(c.data.data) and Path(c.data.data).exists(): c = dataclasses.replace(c, data=dataclasses.replace(c.data, data=str(Path(c.data.data).resolve())))   # found again from elsewhere
     train_run(c, None if folder is not None else o.out, folder, o.device)
 
 # %% ../nbs/15_command_line.ipynb #a5dc2a89
@@ -176,20 +176,21 @@ class ConvertOptions:
     path: Annotated[str, tyro.conf.Positional]  # an official checkpoint: a .pt, or the same tensors as .safetensors
     preset: str | None = None       # the released file it is, if its name does not say so
     out: str | None = None          # a new .safetensors; by default beside the file
-    image_size: int | None = None   # in place of what the preset says, as are those below; without a preset all but dropout are needed
+    image_size: int | None = None   # in place of what the preset says, as are those below; without a preset the first five are needed
     num_heads: int | None = None    # attention heads
     schedule: str | None = None     # linear or cosine
     T: int | None = None            # steps of the chain
     rescale_t: bool | None = None   # the network is shown t times 1000/T
     low_size: int | None = None     # of an upsampler: the size of its small images
     dropout: float | None = None    # matters for further training only
+    groups: int | None = None       # of each norm, if not 32; the official code has no other
 
 @command
 def iddpm_convert(args=None):
     "An official checkpoint as our own."
     o = tyro.cli(ConvertOptions, args=args, prog="iddpm_convert")
     if o.out and (Path(o.out).suffix != ".safetensors" or Path(o.out).exists()): raise ValueError(f"--out must be a new .safetensors, got {o.out}")
-    given = {k: v for k in ("image_size", "num_heads", "schedule", "T", "rescale_t", "low_size", "dropout") if (v := getattr(o, k)) is not None}
+    given = {k: v for k in ("image_size", "num_heads", "schedule", "T", "rescale_t", "low_size", "dropout", "groups") if (v := getattr(o, k)) is not None}
     net, _, config = read_openai(o.path, "cpu", o.preset, **given)
     out = (Path(o.out) if o.out else free_path(Path(o.path).with_suffix(".safetensors"))).resolve()
     save_model(out, net, config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'TORCHVISION', 'to_float', 'to_uint8', 'Images', 'shipped', 'digits', 'read_image', 'listed',
-           'from_folder', 'from_npz', 'from_torchvision', 'of_split', 'every_tenth', 'of_size', 'load_images',
+           'from_folder', 'from_npz', 'named', 'from_torchvision', 'of_split', 'every_tenth', 'of_size', 'load_images',
            'mirrored', 'Batches']
 
 # %% ../nbs/00_data.ipynb #3a2570a7
@@ -29,6 +29,7 @@ def to_uint8(
     x:Tensor, # images, float, nominally in [-1,1]; what lies outside is clamped
 ) -> Tensor: # uint8
     "[-1,1] to pixels 0..255, rounded to the nearest level: the exact inverse of `to_float`."
+    if not (ok := x.isfinite()).all(): raise FloatingPointError(f"{int((~ok).sum())} of {x.numel()} pixels are not finite: a model that diverged draws such images")
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/00_data.ipynb #ad291957
@@ -113,7 +114,7 @@ def from_folder(
 
 # %% ../nbs/00_data.ipynb #7331c3d4
 def from_npz(
-    path:Path, # an .npz with uint8 images (N,H,W), (N,H,W,C) or (N,C,H,W) as `images` or `arr_0`; `labels` or `arr_1` and `classes` if there are any
+    path:Path, # an .npz with uint8 images (N,H,W), (N,H,W,C) or (N,C,H,W), C = 1 or 3, as `images` or `arr_0`; `labels` or `arr_1` and `classes` if there are any
 ) -> Images:
     "Images and labels from an `.npz`; nothing in it is unpickled."
     try: f = np.load(path, allow_pickle=False); f = {k: f[k] for k in f.files}
@@ -123,15 +124,18 @@ def from_npz(
     x, y, names = pick("images", "arr_0"), pick("labels", "arr_1"), pick("classes")
     if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4): raise ValueError(f"{path} must hold uint8 images as `images` (or `arr_0`), (N,H,W) or (N,H,W,C); it holds {({k: (str(v.dtype), v.shape) for k, v in f.items()})}")
     if not len(x): raise ValueError(f"{path} holds no images")
-    x = torch.from_numpy(x)
-    if x.ndim == 3: x = x[:, None]
-    elif x.shape[-1] in (1, 3): x = x.permute(0, 3, 1, 2).contiguous()
+    first, last = (x.ndim == 4 and x.shape[i] in (1, 3) for i in (1, -1))
+    if x.ndim == 4 and not first and not last: raise ValueError(f"{path} holds images of shape {x.shape}: neither the second number nor the last is 1 or 3, so which counts the channels?")
+    x = torch.from_numpy(x if x.ndim == 4 else x[:, None])
+    if last and not (first and x.shape[2] == x.shape[3] != x.shape[1]): x = x.permute(0, 3, 1, 2).contiguous()       # both: channels last, unless only the other makes squares
     if y is None: return Images(x, name=str(path))
     y = torch.from_numpy(y).long()
     return Images(x, y, tuple(map(str, names)) if names is not None else tuple(map(str, range(int(y.max()) + 1))), str(path))
 
 # %% ../nbs/00_data.ipynb #c3c75c51
 TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR10"}
+
+def named(data) -> bool: return data in ("digits", *TORCHVISION)     # is it a data set's name, not a path? (a folder of that name is ./mnist)
 
 def from_torchvision(
     name:str,            # "mnist", "fashionmnist" or "cifar10"
@@ -151,11 +155,13 @@ def from_torchvision(
 def of_split(
     n:int,      # images in all
     split:str,  # "test": every tenth image; "train": the others; "all": all
-) -> Tensor: # bool (n,)
+) -> Tensor: # int64, their numbers; of "test" and "all" in a mixed order, which is always the same
     "Which images belong to a split."
     if split not in ("train", "test", "all"): raise ValueError(f"split must be train, test or all; got {split!r}")
-    out = torch.arange(n) % 10 == 9
-    return torch.ones_like(out) if split == "all" else out if split == "test" else ~out
+    i = torch.arange(n)
+    if split == "train": return i[i % 10 != 9]
+    if split == "test": i = i[9::10]
+    return i[torch.randperm(len(i), generator=torch.Generator().manual_seed(0))]
 
 def every_tenth(
     d:Images,   # all images
@@ -165,7 +171,7 @@ def every_tenth(
     i = of_split(len(d), split)
     return Images(d.images[i], None if d.labels is None else d.labels[i], d.classes, f"{d.name}/{split}")
 
-# %% ../nbs/00_data.ipynb #86431933
+# %% ../nbs/00_data.ipynb #de5ac662
 def of_size(
     x:Tensor,  # uint8 (N,C,28,28)
     size:int,  # 32, 16, 8 or 4
@@ -188,7 +194,7 @@ def load_images(
     elif p.is_dir(): d = from_folder(p, size, mode)
     elif p.suffix == ".npz": d = from_npz(p)
     else: raise ValueError(f"unknown data {data!r}: give digits, {', '.join(TORCHVISION)}, a folder of images, or an .npz file")
-    if data not in ("digits", *TORCHVISION): d = every_tenth(d, split)
+    if not named(data): d = every_tenth(d, split)
     if data in ("mnist", "fashionmnist") and size in (32, 16, 8, 4): d = Images(of_size(d.images, size), d.labels, d.classes, d.name)
     if size and d.images.shape[-2:] != (size, size): raise ValueError(f"{data} has images of {tuple(d.images.shape[-2:])}, not {size}x{size}")
     return d

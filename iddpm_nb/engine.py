@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from .data import Batches, Images, listed, load_images, mirrored, of_split, read_image, to_float
+from .data import Batches, Images, listed, load_images, mirrored, named, of_split, read_image, to_float
 from .distributed import Wrapped
 from .train import autocast
 
@@ -129,7 +129,7 @@ class Files:
         found, labels, self.classes = listed(folder)
         mine = of_split(len(found), split)
         self.size, self.mode, self.name, self.first = size, mode, f"{folder}/{split}", read_image(found[0], size, mode)
-        self.paths, self.labels = [p for p, m in zip(found, mine) if m], None if labels is None else labels[mine]
+        self.paths, self.labels = [found[i] for i in mine], None if labels is None else labels[mine]
         self.shape = torch.Size([len(self.paths), *self.first.shape])
         self.sum = hashlib.sha256("".join(f"{p.relative_to(folder)} {p.stat().st_size}\n" for p in self.paths).encode()).hexdigest()
 
@@ -202,7 +202,7 @@ def open_images(
     data:str="digits", split:str="train", size:int|None=None, root:str="data", mode:str="RGB", # as for `data.load_images`
 ) -> Images | Files:
     "`load_images`, but a folder that would not fit into memory when decoded stays on the disk."
-    if not Path(data).is_dir() or data == "digits": return load_images(data, split, size, root, mode)
+    if named(data) or not Path(data).is_dir(): return load_images(data, split, size, root, mode)
     files = Files(data, size, mode, split)
     return load_images(data, split, size, root, mode) if fits(files.shape.numel(), "cpu") else files
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import TORCHVISION, Batches, Images, load_images, to_float, to_uint8
+from .data import TORCHVISION, Batches, Images, load_images, named, to_float, to_uint8
 from .metrics import fidelity
 from .pictures import progress_bar
 from .sampling import evaluating
@@ -79,7 +79,7 @@ def seen_by(features:Features, net, x:Tensor): # what a network says of images (
 @torch.no_grad()
 def extract(
     features:Features,   # the network
-    d:Images,            # the images
+    d:Images,            # the images, or `Files` on the disk
     chunk:int=256,       # images at a time
     device="cpu",
     progress:bool=False, # draw a bar
@@ -88,7 +88,7 @@ def extract(
     if chunk < 1: raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
     net, rows = features.net.to(device) if isinstance(features.net, nn.Module) else features.net, []
     with evaluating(net), progress_bar(len(d), "image", progress) as bar:
-        for x in d.images.split(chunk):
+        for x in (d.images[i:i + chunk] for i in range(0, len(d), chunk)):       # of files on the disk so many are read
             out = seen_by(features, net, to_float(x.to(device)))
             rows.append([torch.as_tensor(v).float().cpu() for v in (out if isinstance(out, (tuple, list)) else [out])]); bar.update(len(x))
             if rows[-1][0].ndim != 2 or len(rows[-1][0]) != len(x): raise ValueError(f"{features.name} must give features (B,F), but for {len(x)} images gave {tuple(rows[-1][0].shape)}")
@@ -136,7 +136,7 @@ def get_features(
     path, (module, _, function) = Path(name), name.partition(":")
     if name == "inception": return inception(device)
     if path.suffix in (".pt", ".pth", ".ts") and path.is_file(): return read_script(path, device)
-    if name in ("digits", *TORCHVISION) or path.exists():
+    if named(name) or path.exists():
         key = (name, str(device), root, size, mode)
         if key not in TRAINED: TRAINED[key] = fit_classifier(load_images(name, "train", size, root, mode), path.stem, device=device, progress=progress)
         return TRAINED[key]

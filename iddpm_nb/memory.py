@@ -23,7 +23,7 @@ class Alive(TorchDispatchMode):
         weights=(), # tensors that are there anyway
     ):
         super().__init__()
-        self.known, self.now, self.peak, self.largest = {w.untyped_storage()._cdata: 0 for w in weights}, 0, 0, 0
+        self.known, self.now, self.peak, self.largest = {w.untyped_storage()._cdata: 0 for w in weights}, 0, 0, 0     # _cdata: the address of the memory
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -34,7 +34,7 @@ class Alive(TorchDispatchMode):
     def born(self, memory, numbers):
         if (key := memory._cdata) in self.known: return
         self.known[key] = memory.nbytes()
-        weakref.finalize(memory, self.freed, key)
+        weakref.finalize(memory, self.freed, key)      # runs when the last tensor on this memory is gone
         self.now += memory.nbytes()
         self.peak, self.largest = max(self.peak, self.now), max(self.largest, numbers)
 
@@ -66,7 +66,7 @@ def images_at_a_time(
     team = getattr(net, "team", Alone())
     while isinstance(net, Wrapped): net = net.net
     try: each, largest = peak_memory(net, shape, **(cond or {}))
-    except (RuntimeError, TypeError, ValueError): each, largest = 1, 1          # if it is ill, the call itself will say so
+    except (RuntimeError, TypeError, ValueError): each, largest = 1, 1          # a faulty network will say so itself when it is called
     room = min(MOST, free_memory(device) // (2 * copies * each), (2**31 - 1) // (copies * largest))
     n = 1 << max(room, 1).bit_length() - 1
     return team.size * int(team.gather(torch.tensor([n], device=device)).min())

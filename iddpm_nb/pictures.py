@@ -11,7 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import to_uint8
 
 # %% ../nbs/00a_pictures.ipynb #b9b73d20

@@ -21,7 +21,7 @@ from torch import Tensor
 from .bundle import Bundle, grid_file, judge, load, machine
 from .checkpoint import best, build, checkpoints, resume, save_checkpoint, write
 from .config import Config, check_unchanged, describe
-from .data import Images, load_images, to_float
+from .data import Images, load_images, named, to_float
 from .distributed import check_agreement, join, spread
 from .engine import Files, fast_network, make_batches, open_images, pick_precision
 from .forward import Schedule, model_time, q_sample
@@ -98,7 +98,7 @@ def images_of(
     "The images a run is about."
     d, mode = c.data, "L" if c.data.grey else "RGB"
     if not d.data: raise ValueError("which images? name a folder or an .npz with --data")
-    if d.on_disk and not Path(d.data).is_dir(): raise ValueError(f"only the files of a folder can stay on the disk, and {d.data} is none: leave --on-disk out")
+    if d.on_disk and (named(d.data) or not Path(d.data).is_dir()): raise ValueError(f"only the files of a folder can stay on the disk, and {d.data} is none: leave --on-disk out")
     if d.on_disk: return Files(d.data, d.image_size, mode, split)
     return (open_images if d.on_disk is None else load_images)(d.data, split, d.image_size, d.root, mode)
 
@@ -211,6 +211,7 @@ def prepare(c, run, out, resume_from) -> Path: # the run's folder
         if run.step > c.train.steps: raise ValueError(f"{folder} has done {run.step} steps already: ask for more than that with --steps")
         run.team.any(False)                        # nobody changes the folder before all have read it
     if run.team.rank == 0:
+        for left in folder.glob(".*.part"): left.unlink(missing_ok=True)      # of a process that was killed while it wrote
         read_log(folder, run.step)
         write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1).encode())
     return folder

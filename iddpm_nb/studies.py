@@ -8,6 +8,7 @@ __all__ = ['VARIANCES', 'Task', 'spaced', 'bits', 'distance', 'samples', 'few_st
 
 # %% ../nbs/15b_studies.ipynb #4f91e2cf
 import copy
+import math
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ def distance(
     s, generator = s or spaced(model.schedule, task.steps), torch.Generator(model.schedule.beta.device).manual_seed(task.seed)
     net = InPrecision(model.net, task.precision).eval()
     x = sample(net, s, (task.samples, *model.config["shape"]), None, method, generator=generator, progress=False, variance=variance or model.config["variance"])
+    if not x.isfinite().all(): return math.nan             # of a model that diverged: the other studies go on
     return frechet(statistics(extract(task.features, Images(to_uint8(x.cpu())))[0]), task.ref.stats)
 
 # %% ../nbs/15b_studies.ipynb #a1bf8026

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .conditioning import Dropping, labels_for
-from .data import Images, to_float, to_uint8
+from .data import Images, to_float
 from .unet import UNet
 
 # %% ../nbs/13_upsampling.ipynb #469d4cb9
@@ -32,8 +32,8 @@ def lower(
     if images.dtype != torch.uint8:
         if not images.is_floating_point(): raise TypeError(f"images must be uint8, or floats in [-1,1], got {images.dtype}")
         if images.device.type == "cpu" and not (images.abs() <= 1.001).all(): raise ValueError("images must lie in [-1,1] and be finite: use data.to_float")     # on a GPU a look would stop the stream
-    levels = images if images.dtype == torch.uint8 else to_uint8(images)
-    small = block_mean(levels.float(), size).round().to(torch.uint8)
+    levels = images.float() if images.dtype == torch.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255)       # as `to_uint8`, without its look
+    small = block_mean(levels, size).round().to(torch.uint8)
     return small if images.dtype == torch.uint8 else to_float(small)
 
 def enlarge(

@@ -114,7 +114,7 @@ def test_lines_of_the_tables(run):
     run(*line)
     record = run.folder / "results/tables/digits/cosine-120-hybrid-0.json"
     before = record.read_bytes()
-    assert {"bits", "samples", "commit", "options"} <= set(json.loads(before))
+    assert {"bits", "samples", "options", "budget"} <= set(json.loads(before)) and "commit" in json.loads(before)["measured"]["bits"]
     run(*line)
     assert record.read_bytes() == before
     said = run("iddpm_tables", "digits", "--rows", "cosine-120-hybird", status=1)

@@ -50,7 +50,7 @@ class Scale:
     more: dict        # {name of a row: further studies}
 
 def extras(T:int) -> dict: # the studies of single rows, beyond those of all
-    return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients", "full_length"), f"linear-{T}-hybrid": ("skipped",), f"cosine-{T}-simple": ("respaced_bits",), f"cosine-{T}-vlb": ("respaced_bits", "gradients")}
+    return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients", "full_length"), f"linear-{T}-hybrid": ("skipped",), f"cosine-{T}-simple": ("few_steps", "respaced_bits"), f"cosine-{T}-vlb": ("respaced_bits", "gradients")}
 
 def small(data, size, steps, mult, attn, channels=32, batch=64, lr=1e-3, ema=0.995, T=1000, **model) -> Config:
     "A run of minutes on a CPU. Everything but the row is the same for all."

@@ -62,7 +62,7 @@ def looker(o:EvalOptions, model): # a function of the split: the images that a m
     c = model.config["run"]["data"] if model else {"data": None, "root": "data"}
     if not (o.data or c["data"]): raise ValueError(f"{o.path} does not say which images it " + ("was trained on: name some with --data" if model else "is to be compared with: name them with --data"))
     C, H = model.config["shape"][:2] if model else (3, None)
-    own = o.data and not named(o.data) and Path(o.data).resolve() != Path(c["data"] or "").resolve()       # another set of one's own is taken whole
+    own = o.data and not named(o.data) and not (c["data"] and Path(o.data).resolve() == Path(c["data"]).resolve())       # another set of one's own is taken whole
     return lambda split: open_images(o.data or c["data"], "all" if own else split, H, c["root"], "L" if C == 1 else "RGB")
 
 def holds_images(path:str) -> bool: # samples in place of a model
@@ -131,7 +131,7 @@ def ready(o:EvalOptions, model, ref, device): # the features; whatever will be m
     width = extract(features, Images(ref.images[:2]), device=device)[0].shape[1]
     need, shape = max(6 * o.pr, (2 * width + 2) * o.infinite, 2), model and tuple(model.config["shape"])
     if model and o.samples < need: raise ValueError(f"with {features.name} this needs at least {need} samples: --samples is {o.samples}")
-    if len(ref) < need: raise ValueError(f"with {features.name} this needs at least {need} images to compare with, {ref.name} has {len(ref)}")
+    if len(ref) < max(6 * o.pr, 2): raise ValueError(f"this needs at least {max(6 * o.pr, 2)} images to compare with, {ref.name} has {len(ref)}")
     if model and tuple(ref.images.shape[1:]) != shape: raise ValueError(f"samples of shape {shape} cannot be compared with images of shape {tuple(ref.images.shape[1:])}")
     return features
 

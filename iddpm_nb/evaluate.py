@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 import tyro
 from .bundle import machine, weights_file
-from .checkpoint import write
+from .files import write
 from .cli import check_place, command
 from .conditioning import labels_by_name
 from .data import SUFFIXES, Images, named

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from . import __version__
-from .checkpoint import write
+from .files import write
 from .data import Images, load_images, named, to_uint8
 from .engine import Files
 from .features import Features, extract

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .bundle import Bundle, grid_file, judge, load, machine
-from .checkpoint import best, build, checkpoints, resume, save_checkpoint, write
+from .checkpoint import best, build, checkpoints, resume, save_checkpoint
 from .config import Config, check_unchanged, describe
 from .data import Images, load_images, named, to_float
 from .distributed import check_agreement, join, spread
 from .engine import Files, fast_network, make_batches, open_images, pick_precision
+from .files import write
 from .forward import Schedule, model_time, q_sample
 from .importance import LossSecondMomentSampler, UniformSampler
 from .train import Alone, Training, autocast, objective, start_training, train

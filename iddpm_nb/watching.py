@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 import torch
-from .checkpoint import write
+from .files import write
 from .pictures import LEARNED, figure, progress_bar
 
 # %% ../nbs/08d_watching.ipynb #e0448d15

@@ -11,6 +11,7 @@ import warnings
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from .checks import require
 from .forward import Schedule, model_time, q_sample
 from .losses import prior_term, vlb_term
 from .pictures import progress_bar
@@ -30,13 +31,14 @@ class Bits(NamedTuple):
 # %% ../nbs/10_likelihood.ipynb #b2d1221a
 def choose_t(
     T:int,              # steps of the schedule
-    num_t,              # how many to evaluate; None: all
+    num_t,              # how many to evaluate; None, or as many as there are or more: all
     batch:int,          # for how many images
     generator=None,     # of the draws
 ) -> tuple[Tensor, Tensor]: # t int64 (B,K) ascending, weights float64 (K,)
     "All t; or t < 10 and t = T-1 for sure, and one t from each of equal sections of the rest, drawn for each image anew."
     if num_t is None or num_t >= T: return torch.arange(T).expand(batch, T), torch.ones(T, dtype=torch.float64)
-    if num_t < 12: raise ValueError(f"an estimate needs at least 12 steps (t < 10, t = T-1 and one drawn), got {num_t}; None evaluates all {T}")
+    require(num_t >= 12, f"an estimate needs at least 12 steps (t < 10, t = T-1 and one drawn), "
+            f"got {num_t}: ask for more, or for all {T} by naming no number")
     edges = torch.linspace(10, T - 1, num_t - 10, dtype=torch.float64).round().long()
     size = edges.diff()
     u = torch.rand(batch, len(size), generator=generator, device=None if generator is None else generator.device)

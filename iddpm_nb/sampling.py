@@ -7,6 +7,7 @@ __all__ = ['ddpm_step', 'ddim_step', 'respace', 'evenly', 'every', 'space_timest
            'home', 'portions', 'Step', 'chain', 'sample']
 
 # %% ../nbs/09_respaced_sampling.ipynb #2e706b2d
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -14,6 +15,7 @@ from operator import index
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from .checks import require
 from .forward import Schedule, at, model_time
 from .pictures import progress_bar
 from .posterior import eps_from_x0
@@ -71,7 +73,8 @@ def evenly(
     n:int,    # how many to keep
 ) -> list[int]:
     "n of 0..size-1, evenly spaced, both ends included; n = 1 keeps 0."
-    if not 1 <= n <= size: raise ValueError(f"cannot keep {n} of {size} steps: choose 1 to {size}" if size else "there are more sections than steps")
+    require(size, "there are more sections than steps: name fewer")
+    require(1 <= n <= size, f"cannot keep {n} of {size} steps: choose 1 to {size}")
     stride = (size - 1) / (n - 1) if n > 1 else 0
     return [round(j) for j in accumulate([0.0] + [stride] * (n - 1))]    # a running sum, as the official code has it
 
@@ -82,7 +85,8 @@ def every(
     "Every k-th step for the k that keeps n of T."
     sizes = {len(range(0, T, k)): k for k in reversed(range(1, T))}
     if n in sizes: return list(range(0, T, sizes[n]))
-    near = [f"ddim{c}" for c in (max((c for c in sizes if c < n), default=0), min((c for c in sizes if c > n), default=0)) if c]
+    fewer, more = [c for c in sizes if 1 < c < n], [c for c in sizes if c > n]
+    near = [f"ddim{c}" for c in (*fewer[-1:], *more[:1])]
     raise ValueError(f"no whole stride keeps {n} of {T} steps; possible are {' and '.join(near)}")
 
 def space_timesteps(
@@ -91,15 +95,17 @@ def space_timesteps(
 ) -> list[int]: # the steps to keep, 0-based, ascending
     "Which steps to keep."
     spec = str(spec).replace(" ", "")
-    if spec[:4] == "ddim" and spec[4:].isdecimal(): return every(T, int(spec[4:]))
-    if not all(x.isdecimal() for x in spec.split(",")): raise ValueError(f'steps must be like 50, "10,15,20" or "ddim50"; got {spec!r}')
+    known = re.fullmatch("(ddim)?([0-9]{1,9})|[0-9]{1,9}(,[0-9]{1,9})+", spec)
+    require(known, f'steps must be like 50, "10,15,20" or "ddim50"; got {spec[:60]!r}')
+    if known[1]: return every(T, int(known[2]))
     counts = [int(x) for x in spec.split(",")]
     size, extra = divmod(T, len(counts))
     keep, start = [], 0
     for i, n in enumerate(counts):
         section = size + (i < extra)
-        keep += [start + j for j in evenly(section, n)]; start += section
-    if len(keep) < 2: raise ValueError("one step is no chain: keep at least 2")
+        keep += [start + j for j in evenly(section, n)]
+        start += section
+    require(len(keep) >= 2, "one step is no chain: keep at least 2")
     return keep
 
 # %% ../nbs/09_respaced_sampling.ipynb #41f0c18d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objective', 'autocast', 'portions', 'train_step', 'ema_keep', 'ema_name', 'EMA', 'learning_rate', 'Alone', 'Training',
-           'start_training', 'train']
+           'start_training', 'same_layout', 'train']
 
 # %% ../nbs/08_training.ipynb #ae0190c5
 import copy
@@ -163,6 +163,20 @@ def start_training(
     emas = [EMA(net, r, warm) for warm, rates in ((True, ema_rates), (False, plain_rates)) for r in rates]
     return Training(net, opt, emas, sampler, batches, torch.Generator(device).manual_seed(seed), team=team)
 
+# %% ../nbs/08_training.ipynb #ebe3ac0e
+def same_layout(
+    run:Training, # a training, between two steps
+):
+    "Give every average, and all that the optimizer remembers, the strides of their parameters."
+    def like(v, p): return torch.empty_like(p, dtype=v.dtype).copy_(v)
+    for p, moments in run.opt.state.items():
+        for k, v in moments.items():
+            shaped = isinstance(v, Tensor) and v.shape == p.shape
+            if shaped and v.stride() != p.stride(): moments[k] = like(v, p)
+    for ema in run.emas:
+        for mine, p in zip(ema.net.parameters(), run.net.parameters()):
+            if mine.stride() != p.stride(): mine.data = like(mine.data, p)
+
 # %% ../nbs/08_training.ipynb #4e67d448
 def train(
     run:Training,      # what changes; continued from where it stands
@@ -173,21 +187,25 @@ def train(
     precision:str="auto", # see `autocast`
     lam:float=0.001,   # see `objective`
     micro:int|None=None, clip:float|None=None, # see `train_step`
-) -> Iterator[dict]: # after each step: step, T, t, losses before weighting, weights, length of the gradient, lr; tensors stay where they are
+) -> Iterator[dict]: # after each step: step, T, t, losses before weighting, weights, grad_norm, lr
     "The training loop, as a generator: draw, save or stop between any two steps."
     device, team = next(run.net.parameters()).device, run.team
     s = s.to(device)
+    same_layout(run)
     while run.step < steps:
         if not run.net.training: run.net.train()
-        x0, y = next(run.batches)                                    # this process's part of the batch
-        cond, mine = y if y is None or isinstance(y, dict) else {"y": y}, slice(len(x0) * team.rank, len(x0) * (team.rank + 1))
+        x0, y = next(run.batches)                          # this process's part of the batch
+        cond = y if y is None or isinstance(y, dict) else {"y": y}
+        mine = slice(len(x0) * team.rank, len(x0) * (team.rank + 1))
         t, w = run.sampler.sample(len(x0) * team.size, run.generator, device)
         eps = torch.randn(len(t), *x0.shape[1:], generator=run.generator, device=device)
         now = learning_rate(run.step, steps, lr, warmup, anneal)
         for group in run.opt.param_groups: group["lr"] = now
-        losses, length = train_step(run.ask or run.net, run.opt, s, x0, t[mine], w[mine], eps[mine], loss, cond, precision, lam, micro, clip)
+        losses, length = train_step(run.ask or run.net, run.opt, s, x0, t[mine], w[mine], eps[mine],
+                                    loss, cond, precision, lam, micro, clip)
         losses = team.gather(losses)
         run.sampler.update(t, losses)
         for ema in run.emas: ema.update(run.net)
         run.step += 1
-        yield {"step": run.step, "T": len(s), "t": t, "losses": losses, "weights": w, "grad_norm": length, "lr": now}
+        yield {"step": run.step, "T": len(s), "t": t, "losses": losses, "weights": w,
+               "grad_norm": length, "lr": now}

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .bundle import Bundle, grid_file, judge, load, machine
-from .checkpoint import best, build, checkpoints, resume, save_checkpoint
+from .checkpoint import best, build, checkpoints, mark_best, resume, save_checkpoint
 from .config import Config, as_before, check_unchanged, describe, described_choice, fit
 from .data import Images, load_images, named, to_float
 from .distributed import check_agreement, join, spread
@@ -150,7 +150,8 @@ def keep_up(run, model:Bundle, c:Config, folder:Path, m:dict, held, writer) -> P
     if t.sample_every and step % t.sample_every == 0: grid_file(model, folder / "samples" / f"{step:07d}.png" if first else None, t.seed, shown=held)
     if not due: return None
     if run.team.size > 1: check_agreement(run)
-    saved = save_checkpoint(folder / "checkpoints", run, model.config, t.keep, m.get("held_out"))
+    saved = save_checkpoint(folder / "checkpoints", run, model.config, t.keep)
+    if first and "held_out" in m: mark_best(saved.parent, step, m["held_out"], t.keep)
     if first: curve(folder)
     return saved
 

@@ -17,10 +17,10 @@ from .bundle import machine, weights_file
 from .files import write
 from .cli import check_place, command
 from .conditioning import labels_by_name
-from .data import SUFFIXES, Images, named
+from .data import Images, named
 from .distributed import join, spread
-from .engine import open_images
 from .features import extract, get_features
+from .folders import SUFFIXES, open_images
 from .likelihood import histogram_bits
 from .measuring import as_images, default_cache, measure
 from .metrics import fidelity

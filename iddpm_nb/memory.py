@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from .data import free_memory
 from .distributed import Wrapped
-from .engine import free_memory
 from .train import Alone
 
 # %% ../nbs/08f_memory.ipynb #33059714

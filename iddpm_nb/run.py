@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from .bundle import Bundle, grid_file, judge, load, machine
 from .checkpoint import best, build, checkpoints, mark_best, resume, save_checkpoint
-from .config import Config, as_before, check_unchanged, describe, described_choice, fit
-from .data import Images, load_images, named, to_float
+from .config import Config, check_unchanged, describe
+from .data import Images, to_float
 from .distributed import check_agreement, join, spread
-from .engine import Files, fast_network, make_batches, open_images, pick_precision
+from .engine import fast_network, make_batches, pick_precision
 from .files import write
+from .folders import Files, open_images
 from .forward import Schedule, model_time, q_sample
 from .importance import LossSecondMomentSampler, UniformSampler
 from .train import Alone, Training, autocast, objective, start_training, train
@@ -59,8 +60,7 @@ def settle(
     d:Images,      # the images
     device,        # where it trains
 ) -> Config:
-    "The configuration with what images and machine decide filled in: see `config.fit`; precision, threads, and where the images are held."
-    c = fit(c, d)
+    "The configuration with what the machine decides filled in: precision, threads, and where the images are held."
     t = c.train
     precision = pick_precision(t.precision, device, d.images.shape[-1])
     torch.set_num_threads(threads := t.threads or torch.get_num_threads())
@@ -71,7 +71,6 @@ def recall(
     old:Config,    # of the run that is continued
 ) -> Config:
     "What was left open now is as it was decided then."
-    c = as_before(c, old)
     t, d = c.train, c.data
     t = dataclasses.replace(t, precision=old.train.precision if t.precision == "auto" else t.precision, threads=t.threads or old.train.threads)
     return dataclasses.replace(c, train=t, data=dataclasses.replace(d, on_disk=old.data.on_disk if d.on_disk is None else d.on_disk))
@@ -83,7 +82,6 @@ def begin(
     team=Alone(), # the processes that train together
 ) -> tuple[Training, Schedule, dict]: # the training, its schedule, and what a checkpoint carries
     "The training that a configuration describes, before its first step."
-    c = fit(c, d)
     about, t = describe(c, d), c.train
     torch.manual_seed(t.seed)
     net, s = build(about)
@@ -102,9 +100,7 @@ def images_of(
     "The images a run is about."
     d, mode = c.data, "L" if c.data.grey else "RGB"
     if not d.data: raise ValueError("which images? name a folder or an .npz with --data")
-    if d.on_disk and (named(d.data) or not Path(d.data).is_dir()): raise ValueError(f"only the files of a folder can stay on the disk, and {d.data} is none: leave --on-disk out")
-    if d.on_disk: return Files(d.data, d.image_size, mode, split)
-    return (open_images if d.on_disk is None else load_images)(d.data, split, d.image_size, d.root, mode)
+    return open_images(d.data, split, d.image_size, d.root, mode, d.on_disk)
 
 def first_of(d:Images, n:int) -> Images: # the first n of some images
     return Images(d.images[:n], None if d.labels is None else d.labels[:n], d.classes, d.name)
@@ -239,8 +235,7 @@ def train_run(
         d = images_of(c, "train")
         held = images_of(c, "test") if len(d) >= 10 else None              # of fewer none is held out
         if c.data.upsample_from and held is None: raise ValueError(f"{len(d)} images are too few for an upsampler: with ten and more some are held out, to be enlarged")
-        asked, c = c, settle(c, d, device)
-        if choice := described_choice(asked, c): say(choice)
+        c = settle(c, d, device)
         if old is not None: check_unchanged(c, old)
         run, s, about = begin(c, d, device, team)
         folder = prepare(c, run, out, resume_from)

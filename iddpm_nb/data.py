@@ -94,7 +94,7 @@ def label_content(
 ) -> str | None:
     "The same for labels and the names of the classes; None if there are none."
     if d.labels is None: return None
-    names = "\0".join(d.classes).encode("utf-8", "surrogatepass")
+    names = "\0".join(map(str, d.classes)).encode("utf-8", "surrogatepass")
     return hashlib.sha256(d.labels.cpu().numpy().astype("<i8").tobytes() + names).hexdigest()
 
 # %% ../nbs/00_data.ipynb #0a61cdde

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .checks import no_memory, require, shown
-from .data import TORCHVISION, Batches, Images, load_images, named, to_float, to_uint8
+from .data import TORCHVISION, Batches, Images, named, to_float, to_uint8
 from .files import checksum
+from .folders import load_images
 from .metrics import fidelity
 from .pictures import progress_bar
 from .sampling import evaluating

@@ -20,10 +20,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from . import __version__
 from .checks import require, shown
-from .data import Images, load_images, named, to_uint8
-from .engine import Files
+from .data import Images, named, to_uint8
 from .features import Features, extract
 from .files import sweep, write
+from .folders import Files, load_images
 from .metrics import fidelity, frechet, frechet_infinite, inception_score
 from .metrics import precision_recall, statistics
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from .bundle import Bundle, grid_file, judge, load, machine
 from .checkpoint import best, build, checkpoints, mark_best, resume, save_checkpoint
-from .config import Config, check_unchanged, describe
+from .config import Config, as_before, check_unchanged, describe, described_choice, fit
 from .data import Images, to_float
 from .distributed import check_agreement, join, spread
 from .engine import fast_network, make_batches, pick_precision
@@ -60,7 +60,8 @@ def settle(
     d:Images,      # the images
     device,        # where it trains
 ) -> Config:
-    "The configuration with what the machine decides filled in: precision, threads, and where the images are held."
+    "The configuration with what images and machine decide filled in: see `config.fit`; precision, threads, and where the images are held."
+    c = fit(c, d)
     t = c.train
     precision = pick_precision(t.precision, device, d.images.shape[-1])
     torch.set_num_threads(threads := t.threads or torch.get_num_threads())
@@ -71,6 +72,7 @@ def recall(
     old:Config,    # of the run that is continued
 ) -> Config:
     "What was left open now is as it was decided then."
+    c = as_before(c, old)
     t, d = c.train, c.data
     t = dataclasses.replace(t, precision=old.train.precision if t.precision == "auto" else t.precision, threads=t.threads or old.train.threads)
     return dataclasses.replace(c, train=t, data=dataclasses.replace(d, on_disk=old.data.on_disk if d.on_disk is None else d.on_disk))
@@ -82,6 +84,7 @@ def begin(
     team=Alone(), # the processes that train together
 ) -> tuple[Training, Schedule, dict]: # the training, its schedule, and what a checkpoint carries
     "The training that a configuration describes, before its first step."
+    c = fit(c, d)
     about, t = describe(c, d), c.train
     torch.manual_seed(t.seed)
     net, s = build(about)
@@ -235,7 +238,8 @@ def train_run(
         d = images_of(c, "train")
         held = images_of(c, "test") if len(d) >= 10 else None              # of fewer none is held out
         if c.data.upsample_from and held is None: raise ValueError(f"{len(d)} images are too few for an upsampler: with ten and more some are held out, to be enlarged")
-        c = settle(c, d, device)
+        asked, c = c, settle(c, d, device)
+        if choice := described_choice(asked, c): say(choice)
         if old is not None: check_unchanged(c, old)
         run, s, about = begin(c, d, device, team)
         folder = prepare(c, run, out, resume_from)

@@ -1,0 +1,320 @@
+"""A run keeps what it has: one process a folder, saved before anything else, and ended by nothing that only shows."""
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, clean_env
+from iddpm_nb import run as runs
+from iddpm_nb import underway
+from iddpm_nb.checkpoint import best, checkpoints
+from iddpm_nb.cli import iddpm_train
+from iddpm_nb.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.run import new_folder, train_run
+from iddpm_nb.train import EMA
+from iddpm_nb.watching import read_log
+from PIL import Image
+
+OPTIONS = ["--channels", "8", "--groups", "4", "--num-heads", "2", "--mult", "1", "--attn-resolutions",
+           "--T", "20", "--warmup", "0", "--batch", "4", "--device", "cpu"]
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: "
+                         "you tried to allocate 8000000000000 bytes.")
+
+
+def tiny(data="digits", classes=False, **train):
+    train = dict(steps=6, batch=4, warmup=0, save_every=2, log_every=1, keep=9) | train
+    return Config(DataConfig(str(data), class_cond=classes),
+                  ModelConfig(channels=8, groups=4, num_heads=2, mult=(1,), attn_resolutions=()),
+                  DiffusionConfig(T=20), TrainConfig(**train))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    "Drawing curves would take most of the time."
+    monkeypatch.setattr(underway, "curve", lambda folder: None)
+
+
+def go(c, out=None, **how):
+    "Train, and what was said on the way."
+    said = []
+    train_run(c, out, device="cpu", progress=False, say=said.append, **{"judged": False} | how)
+    return "\n".join(said)
+
+
+def pictures(folder, n=20, size=8, seed=0, classes=("cat", "dog")):
+    "A folder of images in classes."
+    g = np.random.default_rng(seed)
+    for i in range(n):
+        path = folder / classes[i % len(classes)] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(*args, error=(ValueError, OSError), **how):
+    with pytest.raises(error) as e: go(*args, **how)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# One process a folder
+
+def make_one(folder):
+    os.chdir(folder)
+    return str(new_folder("digits"))
+
+
+def test_new_folders_are_nobody_elses(tmp_path):
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        made = pool.map(make_one, [tmp_path] * 80, chunksize=1)
+    assert len(set(made)) == 80, "two processes were given one folder"
+
+
+def start(*args, folder, **how):
+    env = clean_env(PYTHONPATH=str(ROOT)) | how.pop("env", {})
+    code = "import sys; from iddpm_nb.cli import iddpm_train; iddpm_train(sys.argv[1:])"
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) | how
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=folder, env=env, **how)
+
+
+def until(what, process, limit=60):
+    end = time.time() + limit
+    while not what() and process.poll() is None and time.time() < end: time.sleep(0.01)
+    assert what(), f"it did not come so far\n{process.stdout and process.stdout.read()}"
+
+
+def saved(folder): return [int(p.name) for p in checkpoints(folder / "checkpoints")]
+
+
+def test_one_process_a_run(tmp_path, capsys):
+    "Two processes ask for one folder; one gets it, nobody else may continue it, and when it is killed anybody may at once."
+    data, home = pictures(tmp_path / "data"), tmp_path / "run"
+    line = ["--out", home, "--data", data, "--on-disk", "True", "--workers", "2", "--save-every", "2", *OPTIONS]
+    both = [start(*line, "--steps", "100000", folder=tmp_path) for _ in range(2)]
+    try:
+        until(lambda: any(p.poll() is not None for p in both), both[0])
+        loser, winner = sorted(both, key=lambda p: p.poll() is None)
+        said = loser.communicate()[0]
+        assert loser.returncode == 1 and "Traceback" not in said, said
+        assert "another process is training in" in said or "is taken" in said, said
+        until(lambda: len(saved(home)) > 1, winner)
+        for other in (["--resume", home], ["--resume", "auto", "--out", home], ["--out", home]):
+            with pytest.raises(SystemExit): iddpm_train([*map(str, other), "--device", "cpu"])
+            said = capsys.readouterr().err
+            assert "another process is training in" in said or "is taken" in said, said
+        assert winner.poll() is None
+        winner.send_signal(signal.SIGKILL)        # its workers live on for some seconds
+        winner.wait()
+        more = str(saved(home)[-1] + 2)
+        iddpm_train(["--resume", str(home), "--steps", more, "--device", "cpu"])
+    finally:
+        for p in both: p.kill()
+    rows = [(r["step"], "loss" in r) for r in read_log(home)]
+    assert len(rows) == len(set(rows)), "two processes have written one log"
+
+
+# Signals
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_what_asks_to_stop_saves_first(name, tmp_path):
+    number, update = getattr(signal, name), EMA.update
+    def asked(ema, net):
+        if ema.step == 2: signal.raise_signal(number)
+        if ema.step == 2 and name == "SIGHUP": signal.raise_signal(number)    # a terminal that closes may say so twice
+        update(ema, net)
+    with patch.object(EMA, "update", asked), pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
+        go(tiny(), tmp_path / "a b")
+    assert saved(tmp_path / "a b") == [2, 3]
+    go(tiny(steps=4), resume_from=tmp_path / "a b")
+
+
+def test_what_is_ignored_stays_ignored(tmp_path):
+    "nohup."
+    before, update = signal.signal(signal.SIGHUP, signal.SIG_IGN), EMA.update
+    def asked(ema, net): signal.raise_signal(signal.SIGHUP); update(ema, net)
+    try:
+        with patch.object(EMA, "update", asked): go(tiny(steps=2), tmp_path / "run")
+    finally: signal.signal(signal.SIGHUP, before)
+    assert saved(tmp_path / "run") == [2]
+
+
+def test_a_system_without_these_signals(tmp_path):
+    some = {k: v for k, v in vars(signal).items() if k not in ("SIGHUP", "SIGUSR1")}
+    import types
+    less = types.ModuleType("signal")
+    vars(less).update(some)
+    with patch.object(underway, "signal", less): assert len(underway.stopping()) == 2
+    assert len(underway.stopping()) == 4
+
+
+# What only shows
+
+def test_a_reader_that_has_gone_a_full_disk_for_words_and_no_plots(tmp_path):
+    "`| head -1`, 2>/dev/full, an unknown backend, mathematics in the name: trained to the end, and on the disk."
+    name = "cost_$5_$10 ü"
+    pipe, end = os.pipe()
+    with open("/dev/full", "w") as full:
+        p = start("--out", name, "--steps", "4", "--save-every", "2", "--sample-every", "2", *OPTIONS,
+                  folder=tmp_path, env={"MPLBACKEND": "nonsense", "TQDM_DISABLE": ""}, stdout=end, stderr=full)
+        os.close(end)
+        until(lambda: os.read(pipe, 1), p)
+        os.close(pipe)
+        p.wait(timeout=120)
+    assert saved(tmp_path / name) == [2, 4] and (tmp_path / name / "result.json").exists()
+    result = json.loads((tmp_path / name / "result.json").read_text())
+    assert result["steps"] == 4 and result["held_out"]["n"] == 297 and (tmp_path / name / "samples.png").exists()
+
+
+@pytest.mark.parametrize("where", ["held_out_loss", "grid_file", "curve", "judge"])
+def test_memory_that_runs_out_beside_the_training(where, tmp_path):
+    module = runs if where == "judge" else underway
+    with patch.object(module, where, side_effect=NO_MEMORY):
+        said = go(tiny(steps=4, sample_every=2), tmp_path / "run", judged=where == "judge")
+    assert "memory ran out" in said and saved(tmp_path / "run") == [2, 4]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 4
+
+
+def test_memory_that_runs_out_in_a_step_names_the_cure(tmp_path):
+    def short(ema, net):
+        if ema.step == 2: raise NO_MEMORY
+        ema.step += 1
+    with patch.object(EMA, "update", short), pytest.raises(MemoryError) as e:
+        go(tiny(), tmp_path / "a b")
+    assert "--micro" in str(e.value) and f"--resume '{tmp_path}/a b'" in str(e.value) and "0000002" in str(e.value)
+
+
+# Saved first
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_measured(tmp_path):
+    measure, at = underway.held_out_loss, []
+    def seen(*args):
+        at.append(saved(tmp_path / "run")[-1])
+        return measure(*args)
+    with patch.object(underway, "held_out_loss", seen): go(tiny(), tmp_path / "run")
+    assert at == [2, 4, 6]
+
+
+class Killed(BaseException): "The process ends here."
+
+
+def test_killed_between_saving_and_measuring(tmp_path):
+    go(tiny(), tmp_path / "whole")
+    measure = underway.held_out_loss
+    def dying(*args):
+        if saved(tmp_path / "run")[-1] == 4: raise Killed
+        return measure(*args)
+    with patch.object(underway, "held_out_loss", dying), pytest.raises(Killed): go(tiny(), tmp_path / "run")
+    go(tiny(), resume_from=tmp_path / "run")
+    losses = [[(r["step"], r["held_out"]) for r in read_log(tmp_path / k) if "held_out" in r] for k in ("whole", "run")]
+    assert losses[0] == losses[1] and [s for s, _ in losses[0]] == [2, 4, 6]
+    assert best(tmp_path / "run" / "checkpoints") == best(tmp_path / "whole" / "checkpoints")
+
+
+def test_held_out_images_are_measured_in_portions(tmp_path):
+    asked = []
+    class Counting(torch.nn.Module):
+        def forward(self, x, t): asked.append(len(x)); return torch.cat([x, x], 1)
+    from iddpm_nb.bundle import Bundle
+    from iddpm_nb.data import Images, digits
+    from iddpm_nb.schedule import make_schedule
+    model = Bundle(Counting(), make_schedule("cosine", 20), {"network": {}, "shape": [1, 8, 8]})
+    held, c = Images(digits("test").images[:50]), tiny(precision="float32")
+    with patch.object(underway, "images_at_a_time", lambda *a: 16): parts = underway.held_out_loss(model, c, held)
+    assert asked == [16, 16, 16, 2]
+    assert abs(parts - underway.held_out_loss(model, c, held, 50)) < 1e-6 * parts
+
+
+# Nothing is lost by going on
+
+@pytest.fixture
+def six(tmp_path):
+    go(tiny(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_checkpoints_that_are_not_there(six, tmp_path):
+    (six / "checkpoints").rename(tmp_path / "elsewhere")
+    before = files(six)
+    for how in dict(resume_from=six), dict(resume_from=six, new_data=True):
+        assert "was the folder moved, or is its disk not mounted?" in refused(tiny(steps=8), **how)
+        assert files(six) == before, "something was lost"
+    (six / "checkpoints").mkdir()                       # a disk that is not mounted leaves an empty folder
+    assert "is its disk not mounted?" in refused(tiny(steps=8), resume_from=six)
+    (six / "checkpoints").rmdir()
+    (tmp_path / "elsewhere").rename(six / "checkpoints")
+    go(tiny(steps=8), resume_from=six)
+    assert saved(six)[-1] == 8
+
+
+def test_a_run_that_never_saved_begins_anew(tmp_path):
+    def dies(*args): raise Killed
+    with patch.object(underway, "save_checkpoint", dies), pytest.raises(Killed): go(tiny(), tmp_path / "run")
+    assert len(read_log(tmp_path / "run")) == 2 and not saved(tmp_path / "run")
+    go(tiny(), resume_from=tmp_path / "run")
+    assert saved(tmp_path / "run") == [2, 4, 6]
+
+
+def test_a_run_without_held_out_images_knows_that_it_has_saved(tmp_path):
+    few = pictures(tmp_path / "few", 6)
+    update = EMA.update
+    def stop(ema, net):
+        if ema.step == 0: signal.raise_signal(signal.SIGINT)
+        update(ema, net)
+    with patch.object(EMA, "update", stop), pytest.raises(KeyboardInterrupt): go(tiny(few, log_every=100), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "is its disk not mounted?" in refused(tiny(few), resume_from=tmp_path / "run")
+
+
+def test_a_configuration_that_cannot_be_read(six):
+    for text in ("{", "[]", "[" * 100_000):
+        (six / "config.json").write_text(text)
+        assert str(six / "config.json") in refused(tiny(steps=8), resume_from=six)
+    assert saved(six) == [2, 4, 6]
+
+
+def test_devices_that_are_none():
+    for name in ("meta", "abacus", "cuda:99", "cpu:x"):
+        with pytest.raises(ValueError, match="there is no device"): runs.pick_device(name)
+
+
+# Several processes
+
+def test_processes_that_do_not_belong_together(tmp_path):
+    "They say what differs, both of them, at the start; one without memory does not leave the other waiting."
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    team = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    ranks = [subprocess.Popen([sys.executable, ROOT / "tests" / "two_ranks.py", tmp_path], env=clean_env(**team, RANK=str(r)),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in (0, 1)]
+    try: told = [p.communicate(timeout=120)[0] for p in ranks]
+    finally: [p.kill() for p in ranks]
+    assert all(p.returncode == 0 for p in ranks), "\n".join(told)
+    heard = [json.loads((tmp_path / f"heard{r}.json").read_text()) for r in (0, 1)]
+    for a, b in zip(*(h.values() for h in heard)): print(a, "|", b)
+    for name in ("loss", "dropout", "sampler", "precision", "save_every", "sample_every"):
+        assert all(f"process 1 has {name} = " in h[name] for h in heard), name
+        assert all("start all with the same options" in h[name] for h in heard)
+    for h in heard:
+        assert "process 1 has content of the data = " in h["images"]
+        assert "nowhere" in h["no data"] and "nowhere" in h["no folder"] and "is taken" in h["taken"]
+        assert "process 1 has resume = False, and the first has True" in h["resume"]
+        assert "process 1 has the step to go on from = 2, and the first has 4" in h["step"]
+    assert "4 steps; training took" in heard[0]["right"] and heard[1]["right"] == ""
+    assert "memory ran out" in heard[0]["memory"] and "6 steps; training took" in heard[0]["memory"]
+    assert not any((tmp_path / k).exists() for k in ("loss", "save", "images", "none", "new", "nowhere"))
+    assert saved(tmp_path / "run") == [2, 4, 6]

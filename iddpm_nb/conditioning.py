@@ -8,24 +8,33 @@ __all__ = ['class_numbers', 'labels_by_name', 'labels_for', 'agreement', 'Droppi
 # %% ../nbs/12_class_conditioning.ipynb #ed73ac5b
 import torch
 from torch import Tensor, nn
+from .checks import require, shown
 from .judge import class_probs
 
 # %% ../nbs/12_class_conditioning.ipynb #aa2f5378
+def _listed(names): # for a sentence
+    names = [shown(c) for c in names]
+    return ", ".join(names[:20]) + f", ... ({len(names)} in all)" * (len(names) > 20)
+
 def class_numbers(
     spec,    # "seven,3", 7, or a list: names or numbers
     classes, # names of all classes, in the order of their labels
 ) -> list[int]: # labels
     "Classes by name or by number, as numbers. What is both a name and a number is the name."
     names = [str(c) for c in classes]
-    if not names: raise ValueError("this model has no classes: leave the class out")
-    if spec is None: raise ValueError("which class? give names or numbers")
+    require(names, "this model has no classes: leave the class out")
+    require(spec is not None, "which class? give names or numbers")
     number = {str(i): i for i in range(len(names))} | {c: i for i, c in enumerate(names)}
     if names.count(str(spec)) == 1: return [names.index(str(spec))]        # a name may hold a comma
-    parts = [str(p).strip() for p in (spec.split(",") if isinstance(spec, str) else spec if isinstance(spec, (list, tuple, range)) else [spec])]
-    if twice := [p for p in parts if names.count(p) > 1]: raise ValueError(f"several classes are called {twice[0]!r}: say by number which one you mean, {', '.join(str(i) for i, c in enumerate(names) if c == twice[0])}")
-    off = [p for p in parts if p not in number]
-    known = ", ".join(names[:20]) + f", ... ({len(names)} in all)" * (len(names) > 20)
-    if off or not parts: raise ValueError(f"there is no class {off[0] if off else spec!r}; there are {known}, or by number 0..{len(names) - 1}")
+    if isinstance(spec, str): spec = spec.split(",")
+    parts = [str(p).strip() for p in (spec if isinstance(spec, (list, tuple, range)) else [spec])]
+    for p in parts:
+        same = ", ".join(str(i) for i, c in enumerate(names) if c == p)
+        require(names.count(p) < 2, f"several classes are called '{shown(p)}': say by number which "
+                                    f"one you mean, {same}")
+        require(p in number, f"there is no class '{shown(p)}'; there are {_listed(names)}, or by "
+                             f"number 0..{len(names) - 1}")
+    require(parts, f"no class is named; there are {_listed(names)}")
     return [number[p] for p in parts]
 
 def labels_by_name(
@@ -33,20 +42,25 @@ def labels_by_name(
     names,         # of their classes, in the order of these labels
     classes,       # of the model, in the order of its own
 ) -> Tensor: # int64 (N,), in the order of the model
-    "Labels of another set of images, as the model numbers its classes. Classes called 0, 1, ... have no names: their numbers stay, unless the model has such names."
+    "Labels of another set of images, as the model numbers its classes. 0, 1, ... are no names."
     names, classes = [str(c) for c in names], [str(c) for c in classes]
     bare = names == [str(i) for i in range(len(names))] and not set(names) & set(classes)
     if bare and labels.max() < len(classes) or names == classes: return labels
-    if off := [names[i] for i in labels.unique().tolist() if names[i] not in classes]: raise ValueError(f"these images show the class {off[0]!r}, which the model does not know; it knows {', '.join(classes[:20])}" + f", ... ({len(classes)} in all)" * (len(classes) > 20))
-    if twice := [c for c in names if classes.count(c) > 1]: raise ValueError(f"several classes of the model are called {twice[0]!r}: these labels cannot be told apart by name")
-    return torch.tensor([classes.index(c) if c in classes else -1 for c in names], device=labels.device)[labels]
+    for c in (names[i] for i in labels.unique().tolist()):
+        require(c in classes, f"these images show the class '{shown(c)}', which the model does not "
+                              f"know; it knows {_listed(classes)}")
+    for c in names:
+        require(classes.count(c) < 2, f"several classes of the model are called '{shown(c)}': "
+                                      "these labels cannot be told apart by name")
+    numbers = [classes.index(c) if c in classes else -1 for c in names]
+    return torch.tensor(numbers, device=labels.device)[labels]
 
 def labels_for(
     numbers, # classes, as numbers
     n:int,   # how many labels
 ) -> Tensor: # int64 (n,)
     "n labels over these classes as evenly as can be, those of a class in a row."
-    if not len(numbers): raise ValueError("labels of which classes? name at least one")
+    require(len(numbers), "labels of which classes? name at least one")
     return torch.as_tensor(numbers)[torch.arange(n) * len(numbers) // n]
 
 # %% ../nbs/12_class_conditioning.ipynb #ce021ec8
@@ -66,26 +80,34 @@ def agreement(
 
 # %% ../nbs/12_class_conditioning.ipynb #4bee65a9
 class Dropping:
-    "Batches with labels dropped at random; what was drawn is part of their state, so a resumed run drops the same."
+    "Batches with labels dropped at random; what is drawn is part of their state."
     def __init__(self,
         batches,    # of (x0, y), such as `Batches`
         rate:float, # each label is dropped with this probability
         null:int,   # what takes its place: the number of classes
         seed:int=0, # fixes what is dropped
     ):
-        if not 0 <= rate < 1: raise ValueError(f"the share of labels that are dropped must lie in [0, 1), got {rate}")
-        self.batches, self.rate, self.null, self.generator = batches, rate, null, torch.Generator().manual_seed(seed)
-        self.batch, self.part = getattr(batches, "batch", None), getattr(batches, "part", slice(None))     # of several processes each has a part
+        require(0 <= rate < 1,
+                f"the share of labels that are dropped must lie in [0, 1), got {rate}")
+        self.batches, self.rate, self.null = batches, rate, null
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batch = getattr(batches, "batch", None)
+        self.part = getattr(batches, "part", slice(None))     # of several processes each has a part
 
     def __iter__(self): return self
     def __next__(self): # -> x0, y
         x0, y = next(self.batches)
-        if y is None: raise ValueError("these images have no labels that could be dropped: train without classes")
-        drop = (torch.rand(self.batch or len(y), generator=self.generator) < self.rate)[self.part]        # drawn for the whole batch
+        require(y is not None,
+                "these images have no labels that could be dropped: train without classes")
+        chance = torch.rand(self.batch or len(y), generator=self.generator)  # for the whole batch
+        drop = (chance < self.rate)[self.part]
         return x0, torch.where(drop.to(y.device), self.null, y)
 
-    def state_dict(self): return {"batches": self.batches.state_dict(), "dropping": self.generator.get_state()}
-    def load_state_dict(self, state): self.batches.load_state_dict(state["batches"]); self.generator.set_state(state["dropping"])
+    def state_dict(self):
+        return {"batches": self.batches.state_dict(), "dropping": self.generator.get_state()}
+    def load_state_dict(self, state, new_data=False): # as for `Batches`
+        self.batches.load_state_dict(state["batches"], *[new_data] * new_data)
+        self.generator.set_state(state["dropping"])
 
 # %% ../nbs/12_class_conditioning.ipynb #6343c154
 class Guided(nn.Module):

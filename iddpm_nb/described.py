@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from .checks import require, shown
+from .schedule import MOST_STEPS
 
 # %% ../nbs/08a1_described.ipynb #d0f39743
 Size = Annotated[int, Meta(ge=1, le=4096)]
@@ -23,7 +24,7 @@ Multiple = Annotated[int, Meta(ge=1, le=64)]
 Multiples = Annotated[tuple[Multiple, ...], Meta(min_length=1, max_length=12)]
 Sizes = Annotated[tuple[Size, ...], Meta(max_length=12)]
 Blocks = Annotated[int, Meta(ge=1, le=32)]
-Chainlength = Annotated[int, Meta(ge=2, le=100_000)]
+Chainlength = Annotated[int, Meta(ge=2, le=MOST_STEPS)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Noise = Annotated[float, Meta(ge=0, le=100)]     # a standard deviation, in units of [-1,1]
 Text = Annotated[str, Meta(max_length=4096)]

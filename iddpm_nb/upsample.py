@@ -10,6 +10,7 @@ __all__ = ['block_mean', 'lower', 'enlarge', 'Upsampler', 'with_noise', 'Paired'
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .checks import require
 from .conditioning import Dropping, labels_for
 from .data import Images, to_float
 from .unet import UNet
@@ -78,30 +79,36 @@ def with_noise(
 ) -> Tensor: # as low
     "Small images as an upsampler with `augment` wants them."
     if not level: return low
-    return low + level * torch.randn(low.shape, generator=generator, device=low.device if generator is None else generator.device).to(low)
+    device = low.device if generator is None else generator.device
+    return low + level * torch.randn(low.shape, generator=generator, device=device).to(low)
 
 class Paired:
-    "Batches of large images together with their small ones; the random state of the noise is part of their state."
+    "Batches of large images with their small ones; the random state of that noise is in theirs."
     def __init__(self,
         batches,           # of (x0, y), such as `Batches`
         low_size:int,      # height and width of the small images
         augment:float=0.0, # noise on the small images
         seed:int=0,        # of that noise
     ):
-        self.batches, self.low_size, self.augment, self.generator = batches, low_size, augment, torch.Generator().manual_seed(seed)
-        self.batch, self.part = getattr(batches, "batch", None), getattr(batches, "part", slice(None))     # of several processes each has a part
+        self.batches, self.low_size, self.augment = batches, low_size, augment
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batch = getattr(batches, "batch", None)
+        self.part = getattr(batches, "part", slice(None))     # of several processes each has a part
 
     def __iter__(self): return self
     def __next__(self): # -> x0, {"low": small images, "y": labels if there are any}
         x0, y = next(self.batches)
         low = lower(x0, self.low_size)
-        if self.augment:
-            noise = torch.randn(self.batch or len(low), *low.shape[1:], generator=self.generator)[self.part]     # drawn for the whole batch
-            low = low + self.augment * noise.to(low)
+        if self.augment:                                      # drawn for the whole batch
+            noise = torch.randn(self.batch or len(low), *low.shape[1:], generator=self.generator)
+            low = low + self.augment * noise[self.part].to(low)
         return x0, {"low": low} | ({} if y is None else {"y": y})
 
-    def state_dict(self): return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
-    def load_state_dict(self, state): self.batches.load_state_dict(state["batches"]); self.generator.set_state(state["noise"])
+    def state_dict(self):
+        return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
+    def load_state_dict(self, state, new_data=False): # as for `Batches`
+        self.batches.load_state_dict(state["batches"], *[new_data] * new_data)
+        self.generator.set_state(state["noise"])
 
 # %% ../nbs/13_upsampling.ipynb #9c84a8a5
 def check_stages(base, upsampler, y): # one sentence for two models that do not fit
@@ -154,9 +161,13 @@ def asked_for(
     "What a network asks for besides noisy images and t."
     cond = {}
     if network.get("num_classes"):
-        if y is None: raise ValueError("this model has classes: it needs the labels of the images, and these have none")
+        require(y is not None,
+                "this model has classes: it needs the labels of the images, and these have none")
         cond["y"] = y
-    if size := network.get("low_size"): cond["low"] = with_noise(lower(x0, size), network["augment"], generator) if low is None else low
+    if size := network.get("low_size"):
+        small = lower(x0, size) if low is None else low
+        noise = network.get("augment", 0.0) if low is None else 0.0
+        cond["low"] = with_noise(small, noise, generator)
     return cond
 
 def what_is_given(

@@ -21,7 +21,7 @@ from .checkpoint import best, build, checkpoints, read_header, resume
 from .checks import require, shown
 from .config import (Config, as_before, check_same, check_unchanged, describe,
                              described_choice, fit)
-from .data import Images, named
+from .data import Images, label_content, named
 from .described import parsed
 from .distributed import all_or_none, check_alike, join, spread
 from .engine import fast_network, make_batches, pick_precision
@@ -146,6 +146,7 @@ def begin(
     "The training that a configuration describes, before its first step."
     c = fit(c, d)
     about, t = describe(c, d) | {"content": d.whole}, c.train
+    if c.data.class_cond: about["labels"] = label_content(d)
     torch.manual_seed(t.seed)
     net, s = build(about)
     sampler, mine = SAMPLERS[c.diffusion.sampler](len(s)), (team.rank, team.size)
@@ -179,11 +180,12 @@ def other_data(
     now:dict, # what the next one will carry
 ) -> list[str]: # in what the data differ, in words
     def names(said): return ", ".join(map(shown, said["classes"]))
+    def differs(k): return k in now and had.get(k) not in (None, now[k])
     said = []
-    if had.get("content") not in (None, now["content"]):
-        said.append("the images are not those that the run was made with")
-    if now["network"].get("num_classes") and had["classes"] != now["classes"]:
+    if differs("content"): said.append("the images are not those that the run was made with")
+    if "labels" in now and differs("classes"):
         said.append(f"the classes were called {names(had)}, and are called {names(now)} now")
+    if not said and differs("labels"): said.append("the labels are others than before")
     return said
 
 def resumed(

@@ -318,3 +318,85 @@ def test_processes_that_do_not_belong_together(tmp_path):
     assert "memory ran out" in heard[0]["memory"] and "6 steps; training took" in heard[0]["memory"]
     assert not any((tmp_path / k).exists() for k in ("loss", "save", "images", "none", "new", "nowhere"))
     assert saved(tmp_path / "run") == [2, 4, 6]
+
+
+# The data
+
+def small(data, **train):
+    return tiny(data, classes=True, **train)
+
+
+@pytest.fixture
+def of_pictures(tmp_path):
+    data = pictures(tmp_path / "data")
+    go(small(data), tmp_path / "run")
+    return data, tmp_path / "run"
+
+
+def changes(run): return [c["what"] for c in json.loads((run / "config.json").read_text()).get("changes", [])]
+
+
+def test_data_that_moved_are_found_by_their_content(of_pictures, tmp_path):
+    data, run = of_pictures
+    moved = tmp_path / "elsewhere" / "pictures"
+    moved.parent.mkdir()
+    data.rename(moved)
+    assert "name its new place with --data" in refused(small(data, steps=8), resume_from=run)
+    iddpm_train(["--resume", str(run), "--data", str(moved), "--steps", "8", "--device", "cpu"])
+    assert saved(run)[-1] == 8 and changes(run) == [f"the data are in {moved}, they were in {data}"]
+    go(small(moved, steps=10), resume_from=run)
+    assert len(changes(run)) == 1, "noted again"
+
+
+@pytest.mark.parametrize("how", ["other pixels", "one more", "one less", "held out", "renamed class", "exchanged labels"])
+def test_other_data_are_refused_or_noted(how, of_pictures):
+    data, run = of_pictures
+    held, before = runs.images_of(small(data), "test"), files(run)
+    def is_held(p): return any(np.array_equal(np.array(Image.open(p)).transpose(2, 0, 1), x) for x in held.images.numpy())
+    one = next(p for p in sorted(data.rglob("*.png")) if not is_held(p))
+    test = next(p for p in sorted(data.rglob("*.png")) if is_held(p))
+    if how == "other pixels": Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(one)
+    if how == "one more": Image.fromarray(np.ones((8, 8, 3), np.uint8)).save(one.with_name("new.png"))
+    if how == "one less": one.unlink()
+    if how == "held out": Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(test)
+    if how == "renamed class": (data / "cat").rename(data / "bird")
+    if how == "exchanged labels": [(data / a).rename(data / b) for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog"))]
+    assert "--new-data" in refused(small(data, steps=8), resume_from=run)
+    assert files(run) == before, "something was written although it was refused"
+    go(small(data, steps=8), resume_from=run, new_data=True)
+    assert saved(run)[-1] == 8 and len(changes(run)) == 1
+    go(small(data, steps=10), resume_from=run)
+    assert saved(run)[-1] == 10 and len(changes(run)) == 1
+
+
+def test_a_file_that_breaks_during_a_long_run(tmp_path):
+    "It is named, the run says how to go on without it, and does."
+    data, update = pictures(tmp_path / "data"), EMA.update
+    c = small(data)
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, on_disk=True, workers=0))
+    broken = sorted(data.rglob("*.png"))[3]
+    def breaks(ema, net):
+        if ema.step == 2: [p.write_bytes(b"broken") for p in data.rglob("*.png")]
+        update(ema, net)
+    whole = {p: p.read_bytes() for p in data.rglob("*.png")}
+    with patch.object(EMA, "update", breaks): said = refused(c, tmp_path / "run")
+    assert "--skip-broken" in said and "--new-data" in said and "0000002" in said and f"--resume {tmp_path / 'run'}" in said, said
+    for p, was in whole.items(): p.write_bytes(b"broken" if p == broken else was)
+    assert broken.name in refused(c, resume_from=tmp_path / "run")
+    without = dataclasses.replace(c, data=dataclasses.replace(c.data, skip_broken=True))
+    go(without, resume_from=tmp_path / "run", new_data=True)
+    assert saved(tmp_path / "run")[-1] == 6 and len(changes(tmp_path / "run")) == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["skip_broken"]
+
+
+def test_a_configuration_that_was_edited(six):
+    path = six / "config.json"
+    text, before = path.read_text(), files(six)
+    for k, v, other in ("batch", "4", "8"), ("T", "20", "30"), ("lr", "0.002", "0.5"), ("loss", '"hybrid"', '"simple"'):
+        assert f'"{k}": {v}' in text
+        path.write_text(text.replace(f'"{k}": {v}', f'"{k}": {other}'))
+        with pytest.raises(SystemExit): iddpm_train(["--resume", str(six), "--steps", "8", "--device", "cpu"])
+    path.write_text(text)
+    assert files(six) == before
+    iddpm_train(["--resume", str(six), "--steps", "8", "--keep", "3", "--device", "cpu"])     # what is free to change
+    assert json.loads(path.read_text())["train"]["keep"] == 3

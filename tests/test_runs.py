@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, clean_env
+from iddpm_nb import engine, underway
 from iddpm_nb import run as runs
-from iddpm_nb import underway
 from iddpm_nb.checkpoint import best, checkpoints
 from iddpm_nb.cli import iddpm_train
 from iddpm_nb.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
@@ -153,11 +155,17 @@ def test_what_is_ignored_stays_ignored(tmp_path):
 
 def test_a_system_without_these_signals(tmp_path):
     some = {k: v for k, v in vars(signal).items() if k not in ("SIGHUP", "SIGUSR1")}
-    import types
-    less = types.ModuleType("signal")
-    vars(less).update(some)
-    with patch.object(underway, "signal", less): assert len(underway.stopping()) == 2
-    assert len(underway.stopping()) == 4
+    less = types.SimpleNamespace(**some)
+    with patch.object(engine, "signal", less): assert len(engine.stopping()) == 2
+    assert len(engine.stopping()) == 4
+
+
+def test_processes_that_read_ahead_leave_all_signals_to_the_run():
+    before = {n: signal.getsignal(n) for n in engine.stopping()}
+    try:
+        with warnings.catch_warnings(): engine.undisturbed(0)
+        assert all(signal.getsignal(n) == signal.SIG_IGN for n in before)
+    finally: [signal.signal(n, handler) for n, handler in before.items()]
 
 
 # What only shows

@@ -1,4 +1,4 @@
-"""A run keeps what it has: one process a folder, saved before anything else, and ended by nothing that only shows."""
+"""A run keeps what it has: one process a folder, saved first, ended by nothing that only shows."""
 import dataclasses
 import json
 import multiprocessing
@@ -26,10 +26,10 @@ from iddpm_nb.train import EMA
 from iddpm_nb.watching import read_log
 from PIL import Image
 
-OPTIONS = ["--channels", "8", "--groups", "4", "--num-heads", "2", "--mult", "1", "--attn-resolutions",
-           "--T", "20", "--warmup", "0", "--batch", "4", "--device", "cpu"]
-NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: "
-                         "you tried to allocate 8000000000000 bytes.")
+OPTIONS = ("--channels 8 --groups 4 --num-heads 2 --mult 1 --attn-resolutions "
+           "--T 20 --warmup 0 --batch 4 --device cpu").split()
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate "
+                         "memory: you tried to allocate 8000000000000 bytes.")
 
 
 def tiny(data="digits", classes=False, **train):
@@ -89,10 +89,11 @@ def start(*args, folder, **how):
     env = clean_env(PYTHONPATH=str(ROOT)) | how.pop("env", {})
     code = "import sys; from iddpm_nb.cli import iddpm_train; iddpm_train(sys.argv[1:])"
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) | how
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=folder, env=env, **how)
+    line = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(line, cwd=folder, env=env, **how)
 
 
-def until(what, process, limit=60):
+def until(what, process, limit=120):
     end = time.time() + limit
     while not what() and process.poll() is None and time.time() < end: time.sleep(0.01)
     assert what(), f"it did not come so far\n{process.stdout and process.stdout.read()}"
@@ -102,9 +103,10 @@ def saved(folder): return [int(p.name) for p in checkpoints(folder / "checkpoint
 
 
 def test_one_process_a_run(tmp_path, capsys):
-    "Two processes ask for one folder; one gets it, nobody else may continue it, and when it is killed anybody may at once."
+    "Of two one gets the folder; nobody else may continue it; once it is killed anybody may."
     data, home = pictures(tmp_path / "data"), tmp_path / "run"
-    line = ["--out", home, "--data", data, "--on-disk", "True", "--workers", "2", "--save-every", "2", *OPTIONS]
+    line = ["--out", home, "--data", data, "--on-disk", "True", "--workers", "2",
+            "--save-every", "2", *OPTIONS]
     both = [start(*line, "--steps", "100000", folder=tmp_path) for _ in range(2)]
     try:
         until(lambda: any(p.poll() is not None for p in both), both[0])
@@ -135,10 +137,10 @@ def test_what_asks_to_stop_saves_first(name, tmp_path):
     number, update = getattr(signal, name), EMA.update
     def asked(ema, net):
         if ema.step == 2: signal.raise_signal(number)
-        if ema.step == 2 and name == "SIGHUP": signal.raise_signal(number)    # a terminal that closes may say so twice
+        if ema.step == 2 and name == "SIGHUP": signal.raise_signal(number)    # as terminals may
         update(ema, net)
-    with patch.object(EMA, "update", asked), pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
-        go(tiny(), tmp_path / "a b")
+    with patch.object(EMA, "update", asked):
+        with pytest.raises(KeyboardInterrupt, match="at step 3"): go(tiny(), tmp_path / "a b")
     assert saved(tmp_path / "a b") == [2, 3]
     go(tiny(steps=4), resume_from=tmp_path / "a b")
 
@@ -171,19 +173,21 @@ def test_processes_that_read_ahead_leave_all_signals_to_the_run():
 # What only shows
 
 def test_a_reader_that_has_gone_a_full_disk_for_words_and_no_plots(tmp_path):
-    "`| head -1`, 2>/dev/full, an unknown backend, mathematics in the name: trained to the end, and on the disk."
+    "`| head -1`, 2>/dev/full, an unknown backend, mathematics in the name: trained to the end."
     name = "cost_$5_$10 ü"
     pipe, end = os.pipe()
     with open("/dev/full", "w") as full:
-        p = start("--out", name, "--steps", "4", "--save-every", "2", "--sample-every", "2", *OPTIONS,
-                  folder=tmp_path, env={"MPLBACKEND": "nonsense", "TQDM_DISABLE": ""}, stdout=end, stderr=full)
+        line = ["--out", name, "--steps", "4", "--save-every", "2", "--sample-every", "2", *OPTIONS]
+        p = start(*line, folder=tmp_path, env={"MPLBACKEND": "nonsense", "TQDM_DISABLE": ""},
+                  stdout=end, stderr=full)
         os.close(end)
         until(lambda: os.read(pipe, 1), p)
         os.close(pipe)
         p.wait(timeout=120)
     assert saved(tmp_path / name) == [2, 4] and (tmp_path / name / "result.json").exists()
     result = json.loads((tmp_path / name / "result.json").read_text())
-    assert result["steps"] == 4 and result["held_out"]["n"] == 297 and (tmp_path / name / "samples.png").exists()
+    assert result["steps"] == 4 and result["held_out"]["n"] == 297
+    assert (tmp_path / name / "samples.png").exists()
 
 
 @pytest.mark.parametrize("where", ["held_out_loss", "grid_file", "curve", "judge"])
@@ -201,7 +205,7 @@ def test_memory_that_runs_out_in_a_step_names_the_cure(tmp_path):
         ema.step += 1
     with patch.object(EMA, "update", short), pytest.raises(MemoryError) as e:
         go(tiny(), tmp_path / "a b")
-    assert "--micro" in str(e.value) and f"--resume '{tmp_path}/a b'" in str(e.value) and "0000002" in str(e.value)
+    for words in "--micro", f"--resume '{tmp_path}/a b'", "0000002": assert words in str(e.value)
 
 
 # Saved first
@@ -224,10 +228,13 @@ def test_killed_between_saving_and_measuring(tmp_path):
     def dying(*args):
         if saved(tmp_path / "run")[-1] == 4: raise Killed
         return measure(*args)
-    with patch.object(underway, "held_out_loss", dying), pytest.raises(Killed): go(tiny(), tmp_path / "run")
+    with patch.object(underway, "held_out_loss", dying):
+        with pytest.raises(Killed): go(tiny(), tmp_path / "run")
     go(tiny(), resume_from=tmp_path / "run")
-    losses = [[(r["step"], r["held_out"]) for r in read_log(tmp_path / k) if "held_out" in r] for k in ("whole", "run")]
-    assert losses[0] == losses[1] and [s for s, _ in losses[0]] == [2, 4, 6]
+    def measured(k):
+        rows = read_log(tmp_path / k)
+        return [(r["step"], r["held_out"]) for r in rows if "held_out" in r]
+    assert measured("run") == measured("whole") and [s for s, _ in measured("run")] == [2, 4, 6]
     assert best(tmp_path / "run" / "checkpoints") == best(tmp_path / "whole" / "checkpoints")
 
 
@@ -240,7 +247,8 @@ def test_held_out_images_are_measured_in_portions(tmp_path):
     from iddpm_nb.schedule import make_schedule
     model = Bundle(Counting(), make_schedule("cosine", 20), {"network": {}, "shape": [1, 8, 8]})
     held, c = Images(digits("test").images[:50]), tiny(precision="float32")
-    with patch.object(underway, "images_at_a_time", lambda *a: 16): parts = underway.held_out_loss(model, c, held)
+    with patch.object(underway, "images_at_a_time", lambda *a: 16):
+        parts = underway.held_out_loss(model, c, held)
     assert asked == [16, 16, 16, 2]
     assert abs(parts - underway.held_out_loss(model, c, held, 50)) < 1e-6 * parts
 
@@ -259,7 +267,7 @@ def test_checkpoints_that_are_not_there(six, tmp_path):
     for how in dict(resume_from=six), dict(resume_from=six, new_data=True):
         assert "was the folder moved, or is its disk not mounted?" in refused(tiny(steps=8), **how)
         assert files(six) == before, "something was lost"
-    (six / "checkpoints").mkdir()                       # a disk that is not mounted leaves an empty folder
+    (six / "checkpoints").mkdir()                  # where a disk is not mounted is an empty folder
     assert "is its disk not mounted?" in refused(tiny(steps=8), resume_from=six)
     (six / "checkpoints").rmdir()
     (tmp_path / "elsewhere").rename(six / "checkpoints")
@@ -269,7 +277,8 @@ def test_checkpoints_that_are_not_there(six, tmp_path):
 
 def test_a_run_that_never_saved_begins_anew(tmp_path):
     def dies(*args): raise Killed
-    with patch.object(underway, "save_checkpoint", dies), pytest.raises(Killed): go(tiny(), tmp_path / "run")
+    with patch.object(underway, "save_checkpoint", dies):
+        with pytest.raises(Killed): go(tiny(), tmp_path / "run")
     assert len(read_log(tmp_path / "run")) == 2 and not saved(tmp_path / "run")
     go(tiny(), resume_from=tmp_path / "run")
     assert saved(tmp_path / "run") == [2, 4, 6]
@@ -281,7 +290,8 @@ def test_a_run_without_held_out_images_knows_that_it_has_saved(tmp_path):
     def stop(ema, net):
         if ema.step == 0: signal.raise_signal(signal.SIGINT)
         update(ema, net)
-    with patch.object(EMA, "update", stop), pytest.raises(KeyboardInterrupt): go(tiny(few, log_every=100), tmp_path / "run")
+    with patch.object(EMA, "update", stop):
+        with pytest.raises(KeyboardInterrupt): go(tiny(few, log_every=100), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "is its disk not mounted?" in refused(tiny(few), resume_from=tmp_path / "run")
 
@@ -301,15 +311,17 @@ def test_devices_that_are_none():
 # Several processes
 
 def test_processes_that_do_not_belong_together(tmp_path):
-    "They say what differs, both of them, at the start; one without memory does not leave the other waiting."
+    "Both say what differs, at the start; one without memory does not leave the other waiting."
     import socket
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    team = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    ranks = [subprocess.Popen([sys.executable, ROOT / "tests" / "two_ranks.py", tmp_path], env=clean_env(**team, RANK=str(r)),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in (0, 1)]
-    try: told = [p.communicate(timeout=120)[0] for p in ranks]
+    team = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    line = [sys.executable, ROOT / "tests" / "two_ranks.py", tmp_path]
+    ranks = [subprocess.Popen(line, env=clean_env(**team, RANK=str(r)), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) for r in (0, 1)]
+    try: told = [p.communicate(timeout=240)[0] for p in ranks]
     finally: [p.kill() for p in ranks]
     assert all(p.returncode == 0 for p in ranks), "\n".join(told)
     heard = [json.loads((tmp_path / f"heard{r}.json").read_text()) for r in (0, 1)]
@@ -319,12 +331,14 @@ def test_processes_that_do_not_belong_together(tmp_path):
         assert all("start all with the same options" in h[name] for h in heard)
     for h in heard:
         assert "process 1 has content of the data = " in h["images"]
-        assert "nowhere" in h["no data"] and "nowhere" in h["no folder"] and "is taken" in h["taken"]
+        assert "nowhere" in h["no data"] and "nowhere" in h["no folder"]
+        assert "is taken" in h["taken"]
         assert "process 1 has resume = False, and the first has True" in h["resume"]
         assert "process 1 has the step to go on from = 2, and the first has 4" in h["step"]
     assert "4 steps; training took" in heard[0]["right"] and heard[1]["right"] == ""
     assert "memory ran out" in heard[0]["memory"] and "6 steps; training took" in heard[0]["memory"]
-    assert not any((tmp_path / k).exists() for k in ("loss", "save", "images", "none", "new", "nowhere"))
+    for name in "loss", "save_every", "images", "none", "new", "nowhere":
+        assert not (tmp_path / name).exists()
     assert saved(tmp_path / "run") == [2, 4, 6]
 
 
@@ -341,7 +355,7 @@ def of_pictures(tmp_path):
     return data, tmp_path / "run"
 
 
-def changes(run): return [c["what"] for c in json.loads((run / "config.json").read_text()).get("changes", [])]
+def changes(run): return [c["what"] for c in runs.read_config(run).get("changes", [])]
 
 
 def test_data_that_moved_are_found_by_their_content(of_pictures, tmp_path):
@@ -356,19 +370,23 @@ def test_data_that_moved_are_found_by_their_content(of_pictures, tmp_path):
     assert len(changes(run)) == 1, "noted again"
 
 
-@pytest.mark.parametrize("how", ["other pixels", "one more", "one less", "held out", "renamed class", "exchanged labels"])
+@pytest.mark.parametrize("how", ["other pixels", "one more", "one less", "held out",
+                                 "renamed class", "exchanged labels"])
 def test_other_data_are_refused_or_noted(how, of_pictures):
     data, run = of_pictures
     held, before = runs.images_of(small(data), "test"), files(run)
-    def is_held(p): return any(np.array_equal(np.array(Image.open(p)).transpose(2, 0, 1), x) for x in held.images.numpy())
+    def is_held(p): return (held.images == torch.from_numpy(pixels(p))).flatten(1).all(1).any()
+    def pixels(p): return np.array(Image.open(p)).transpose(2, 0, 1)
+    def save(p, value): Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(p)
     one = next(p for p in sorted(data.rglob("*.png")) if not is_held(p))
     test = next(p for p in sorted(data.rglob("*.png")) if is_held(p))
-    if how == "other pixels": Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(one)
-    if how == "one more": Image.fromarray(np.ones((8, 8, 3), np.uint8)).save(one.with_name("new.png"))
+    if how == "other pixels": save(one, 0)
+    if how == "one more": save(one.with_name("new.png"), 1)
     if how == "one less": one.unlink()
-    if how == "held out": Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(test)
+    if how == "held out": save(test, 7)
     if how == "renamed class": (data / "cat").rename(data / "bird")
-    if how == "exchanged labels": [(data / a).rename(data / b) for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog"))]
+    for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog")) if how == "exchanged labels" else ():
+        (data / a).rename(data / b)
     assert "--new-data" in refused(small(data, steps=8), resume_from=run)
     assert files(run) == before, "something was written although it was refused"
     go(small(data, steps=8), resume_from=run, new_data=True)
@@ -388,7 +406,8 @@ def test_a_file_that_breaks_during_a_long_run(tmp_path):
         update(ema, net)
     whole = {p: p.read_bytes() for p in data.rglob("*.png")}
     with patch.object(EMA, "update", breaks): said = refused(c, tmp_path / "run")
-    assert "--skip-broken" in said and "--new-data" in said and "0000002" in said and f"--resume {tmp_path / 'run'}" in said, said
+    for words in "--skip-broken", "--new-data", "0000002", f"--resume {tmp_path / 'run'}":
+        assert words in said, said
     for p, was in whole.items(): p.write_bytes(b"broken" if p == broken else was)
     assert broken.name in refused(c, resume_from=tmp_path / "run")
     without = dataclasses.replace(c, data=dataclasses.replace(c.data, skip_broken=True))
@@ -397,14 +416,17 @@ def test_a_file_that_breaks_during_a_long_run(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["skip_broken"]
 
 
-def test_a_configuration_that_was_edited(six):
+def test_a_configuration_that_was_edited(six, capsys):
     path = six / "config.json"
     text, before = path.read_text(), files(six)
-    for k, v, other in ("batch", "4", "8"), ("T", "20", "30"), ("lr", "0.002", "0.5"), ("loss", '"hybrid"', '"simple"'):
+    go_on = ["--resume", str(six), "--steps", "8", "--device", "cpu"]
+    edited = [("batch", "4", "8"), ("T", "20", "30"), ("lr", "0.002", "0.5"), ("seed", "0", "1")]
+    for k, v, other in edited:
         assert f'"{k}": {v}' in text
         path.write_text(text.replace(f'"{k}": {v}', f'"{k}": {other}'))
-        with pytest.raises(SystemExit): iddpm_train(["--resume", str(six), "--steps", "8", "--device", "cpu"])
+        with pytest.raises(SystemExit): iddpm_train(go_on)
+        assert f"config.json says {k} = {other}" in capsys.readouterr().err
     path.write_text(text)
     assert files(six) == before
-    iddpm_train(["--resume", str(six), "--steps", "8", "--keep", "3", "--device", "cpu"])     # what is free to change
+    iddpm_train([*go_on, "--keep", "3"])                           # what is free to change
     assert json.loads(path.read_text())["train"]["keep"] == 3

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RENAME', 'CIFAR', 'IMAGENET', 'LSUN', 'PRESETS', 'NEEDED', 'MORE', 'official_name', 'to_openai', 'votes',
-           'read_levels', 'infer', 'image_channels', 'released', 'read_tensors', 'check_layout', 'check_keys', 'choose',
-           'check_preset', 'describe_openai', 'read_openai', 'load_openai']
+           'read_levels', 'infer', 'image_channels', 'released', 'plain_tensors', 'read_tensors', 'check_origin',
+           'check_layout', 'check_keys', 'choose', 'check_preset', 'as_config', 'describe_openai', 'read_openai',
+           'load_openai']
 
 # %% ../nbs/14_interop.ipynb #1995fbf8
 import dataclasses
@@ -20,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from . import __version__
+from .checks import no_memory, require, shown
 from .config import Config, DataConfig, DiffusionConfig, ModelConfig
+from .described import check_described
 from .forward import Schedule
 from .bundle import READERS, is_ours
 from .schedule import make_schedule
@@ -62,17 +65,22 @@ def votes(
 
 def read_levels(
     tensors:dict, # by official names
-) -> list[list]: # for each level, for each of its residual blocks: width, has it attention, width of its embedding
+) -> list[list]: # of each level, for each block: width, has it attention, width of its embedding
     "The way down, read off the keys."
     inside = {}
     for k in tensors:
-        if m := re.match(r"input_blocks\.(\d+)\.", k): inside.setdefault(int(m[1]), set()).add(k[m.end():])
-    levels = [[]]
+        if not (m := re.match(r"input_blocks\.([0-9]{1,4})\.", k)): continue
+        inside.setdefault(int(m[1]), set()).add(k[m.end():])
+    levels, last = [[]], ("in_layers.2", "out_layers.0", "out_layers.3")
     for i in range(1, max(inside) + 1):
         p, found = f"input_blocks.{i}.0.", inside.get(i, set())
-        if any(k.startswith("0.op.") for k in found): levels.append([]); continue
-        width = mode(votes(tensors, *(f"{p}{k}.{end}" for k in ("in_layers.2", "out_layers.0", "out_layers.3") for end in ("weight", "bias"))))
-        levels[-1].append((width, sum(k.startswith("1.") for k in found) >= 3, *votes(tensors, p + "emb_layers.1.weight")))
+        if any(k.startswith("0.op.") for k in found):
+            levels.append([])
+            continue
+        says = votes(tensors, *(f"{p}{k}.{end}" for k in last for end in ("weight", "bias")))
+        require(says, f"the state dict has no {p}in_layers.2.weight, but has later stages")
+        attends = sum(k.startswith("1.") for k in found) >= 3
+        levels[-1].append((mode(says), attends, *votes(tensors, p + "emb_layers.1.weight")))
     return levels
 
 def infer(
@@ -81,13 +89,17 @@ def infer(
 ) -> dict: # arguments of `UNet`, all but heads, groups and dropout
     "The architecture, read off the tensors."
     levels = read_levels(tensors)
-    channels = mode(votes(tensors, "input_blocks.0.0.weight", "input_blocks.0.0.bias", "input_blocks.1.0.in_layers.0.weight", "input_blocks.1.0.in_layers.0.bias"))
+    first = [f"input_blocks.{k}" for k in ("0.0.weight", "0.0.bias", "1.0.in_layers.0.weight",
+                                           "1.0.in_layers.0.bias")]
+    channels, label = mode(votes(tensors, *first)), tensors.get("label_emb.weight")
     widths = [mode(b[0] for b in level) for level in levels]
     attends = [mode(b[1] for b in level) for level in levels]
-    return {"in_channels": tensors["input_blocks.0.0.weight"].shape[1], "out_channels": len(tensors["out.2.weight"]), "channels": channels,
-            "mult": tuple(w // channels for w in widths), "num_res_blocks": mode(len(level) for level in levels),
-            "attn_resolutions": tuple(image_size // 2**i for i, a in enumerate(attends) if a), "image_size": image_size,
-            "num_classes": len(tensors["label_emb.weight"]) if "label_emb.weight" in tensors else None,
+    return {"in_channels": tensors["input_blocks.0.0.weight"].shape[1],
+            "out_channels": len(tensors["out.2.weight"]), "channels": channels,
+            "mult": tuple(w // channels for w in widths),
+            "num_res_blocks": mode(len(level) for level in levels),
+            "attn_resolutions": tuple(image_size // 2**i for i, a in enumerate(attends) if a),
+            "image_size": image_size, "num_classes": None if label is None else len(label),
             "scale_shift": mode(b[2] == 2 * b[0] for level in levels for b in level if len(b) == 3)}
 
 def image_channels(
@@ -118,29 +130,75 @@ PRESETS = {
     "cifar10_uncond_vlb_50M_500K": CIFAR | {"loss": "vlb"}}
 
 # %% ../nbs/14_interop.ipynb #2e11ecb9
+def plain_tensors(
+    found,     # what a file holds
+    path:Path, # its name
+) -> dict: # name -> tensor
+    "Refuse what is no flat state dict, and tensors that say more numbers than the file can hold."
+    require(isinstance(found, dict), f"{path} holds no state dict but a {type(found).__name__}")
+    number = lambda k, v: isinstance(k, str) and torch.is_tensor(v) and v.is_floating_point()
+    has = shown(", ".join(map(str, found)))[:60]
+    require(found and all(number(k, v) for k, v in found.items()),
+            f"{path} holds no flat state dict, tensors by name: it has {has}")
+    def held(v): # are all of its numbers there?
+        if v.layout != torch.strided or v.device.type != "cpu": return False
+        return v.numel() * v.element_size() <= v.untyped_storage().nbytes()
+    bad = next((k for k, v in found.items() if not held(v)), None)
+    require(bad is None, f"{path} does not hold all numbers of {shown(bad)}")
+    return found
+
 def read_tensors(
     path:Path, # a .safetensors, or a file of torch.save
 ) -> dict: # name -> tensor
     "A flat state dict. Nothing in the file is run."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path.resolve()}")
-    try: tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as e: raise ValueError(f"{path} is not a whole .safetensors file ({e})") from e
-    except pickle.UnpicklingError as e: raise ValueError(f"{path} is not a state dict: it holds something else than tensors, which was not run, or it is damaged") from e
-    except (RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError) as e: raise ValueError(f"{path} is cut short or damaged, or no file of torch.save at all") from e
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(k, str) and torch.is_tensor(v) and v.is_floating_point() for k, v in tensors.items()):
-        raise ValueError(f"{path} holds no flat state dict, tensors by name: it has {', '.join(map(str, tensors))[:60]}" if isinstance(tensors, dict) else f"{path} holds no state dict but a {type(tensors).__name__}")
-    return tensors
+    require(path.is_file(), f"there is no file {path.resolve()}", FileNotFoundError)
+    try:
+        if path.suffix == ".safetensors": found = load_file(path)
+        else: found = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a whole .safetensors file ({e})") from e
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"{path} is not a state dict: it holds something else than tensors, which "
+                         "was not run, or it is damaged") from e
+    except (RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError) as e:
+        if no_memory(e): raise
+        raise ValueError(f"{path} is cut short or damaged, or no file of torch.save at all") from e
+    return plain_tensors(found, path)
+
+def check_origin(
+    tensors:dict, # of a file
+    path:Path,    # its name
+):
+    "Say so if it is of guided-diffusion, whose names are nearly the same."
+    later = "guided-diffusion, the code of a later paper"
+    moving = re.compile(r"^output_blocks\.[0-9]+\.[12]\.in_layers\.|\.[hx]_upd\.")
+    moves = next((k for k in tensors if moving.search(k)), None)
+    require(moves is None,
+            f"{path} is a network of {later}: its residual blocks change the resolution "
+            f"(resblock_updown), as {shown(moves)} shows, and such a network cannot be built here")
+    parts = {k.partition(".")[0] for k in tensors}
+    require(not {"time_embed", "input_blocks"} <= parts or "output_blocks" in parts,
+            f"{path} is a classifier of {later}, or another network without a way up: "
+            "it draws no images")
 
 def check_layout(
     tensors:dict, # of a file
     path:Path,    # its name
 ):
-    "Refuse another model's state dict, and one without those tensors from which everything else is read."
-    needed = ["time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight", "middle_block.1.qkv.weight", "out.2.weight"]
+    "Refuse another model's state dict, and one without the tensors from which the rest is read."
+    check_origin(tensors, path)
+    needed = ["time_embed.0.weight", "input_blocks.0.0.weight",
+              "input_blocks.1.0.in_layers.2.weight", "middle_block.1.qkv.weight", "out.2.weight"]
     gone = [k for k in needed if k not in tensors]
-    if len(gone) > 1: raise ValueError(f"{path} is the state dict of another model: it has no {gone[0]}, but {next(iter(tensors))}")
-    if gone: raise ValueError(f"{path} has no {gone[0]}, which every checkpoint of the official layout has")
+    first = gone[0] if gone else ""
+    require(len(gone) < 2,
+            f"{path} is the state dict of another model: it has no {first}, "
+            f"but {shown(next(iter(tensors)))}")
+    require(not gone, f"{path} has no {first}, which every checkpoint of the official layout has")
+    for k in [*needed, "label_emb.weight"]:
+        shape = tuple(tensors[k].shape) if k in tensors else (0, 0)
+        require(len(shape) > 1, f"{path}: {k} has shape {shape}, too few dimensions")
 
 def check_keys(
     want:dict,    # name -> tensor, as it should be
@@ -150,9 +208,14 @@ def check_keys(
     "Name what is missing, what is too much, and what has a wrong shape."
     missing, extra = [k for k in want if k not in tensors], [k for k in tensors if k not in want]
     wrong = [k for k in want if k in tensors and want[k].shape != tensors[k].shape]
-    if missing: raise ValueError(f"{path} has no {missing[0]}" + f" ({len(missing)} keys are missing)" * (len(missing) > 1))
-    if extra: raise ValueError(f"{path} has a key too many, {extra[0]}" + f" ({len(extra)} in all)" * (len(extra) > 1))
-    if wrong: raise ValueError(f"{path}: {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)} and should have {tuple(want[wrong[0]].shape)}" + f" ({len(wrong)} are wrong)" * (len(wrong) > 1))
+    def say(off, sentence, more):
+        require(not off, sentence + (f" ({len(off)} {more})" if len(off) > 1 else ""))
+    first = lambda off: shown(off[0]) if off else ""
+    say(missing, f"{path} has no {first(missing)}", "keys are missing")
+    say(extra, f"{path} has a key too many, {first(extra)}", "in all")
+    if not wrong: return
+    its, should = tuple(tensors[wrong[0]].shape), tuple(want[wrong[0]].shape)
+    say(wrong, f"{path}: {first(wrong)} has shape {its} and should have {should}", "are wrong")
 
 # %% ../nbs/14_interop.ipynb #f3d84f70
 NEEDED = ("image_size", "num_heads", "schedule", "T", "rescale_t")
@@ -189,37 +252,53 @@ def check_preset(
         if name and known["network"][k] != v: raise ValueError(f"preset {name} does not fit {path}: it says {k} = {known['network'][k]}, the tensors say {v}")
 
 # %% ../nbs/14_interop.ipynb #df643dc2
-def describe_openai(
+def as_config(
     network:dict, # arguments of `UNet`
     known:dict,   # as in `released`
     name:str,     # of the preset, or ""
-) -> dict: # as `config.describe` makes it; how long and with what batches it was trained is not known
+) -> Config:
+    "As far as it is known: not how long the network was trained, and not with what batches."
+    (C, learned), fields = image_channels(network), dataclasses.fields(ModelConfig)
+    model = ModelConfig(**{f.name: network[f.name] for f in fields if f.name in network})
+    data = DataConfig("cifar10" if name.startswith("cifar10") else "", network["image_size"],
+                      grey=C == 1, class_cond=bool(network["num_classes"]),
+                      upsample_from=network.get("low_size"))
+    loss, variance = (known["loss"], "learned") if learned else ("simple", "beta")
+    s, sampler = known["schedule"], "importance" if loss == "vlb" else "uniform"
+    return Config(data, model, DiffusionConfig(s["T"], s["name"], s["rescale_t"], loss, variance,
+                                               known["lam"], sampler))
+
+def describe_openai(
+    network:dict, known:dict, name:str, # as for `as_config`
+) -> dict: # as `config.describe` makes it
     "The configuration that our own checkpoint would carry."
-    (C, learned), low = image_channels(network), network.get("low_size")
-    model = ModelConfig(**{f.name: network[f.name] for f in dataclasses.fields(ModelConfig) if f.name in network})
-    s, loss, variance = known["schedule"], known["loss"] if learned else "simple", "learned" if learned else "beta"
-    c = Config(DataConfig("cifar10" if name.startswith("cifar10") else "", network["image_size"], C == 1, class_cond=bool(network["num_classes"]), upsample_from=low), model,
-               DiffusionConfig(s["T"], s["name"], s["rescale_t"], loss, variance, known["lam"], "importance" if loss == "vlb" else "uniform"))
-    return {"network": network, "schedule": s, "variance": variance, "shape": [C, network["image_size"], network["image_size"]], "official": name,
-            "classes": [str(i) for i in range(network["num_classes"] or 0)], "run": {k: v for k, v in dataclasses.asdict(c).items() if k != "train"}, "version": __version__}
+    c, (C, _), H = as_config(network, known, name), image_channels(network), network["image_size"]
+    run = {k: v for k, v in dataclasses.asdict(c).items() if k != "train"}
+    return {"network": network, "schedule": known["schedule"], "variance": c.diffusion.variance,
+            "shape": [C, H, H], "official": name,
+            "classes": [str(i) for i in range(network["num_classes"] or 0)],
+            "run": run, "version": __version__}
 
 def read_openai(
     path,                 # a file of the official layout
     device="cpu",         # where the network should live
     preset:str|None=None, # one of `PRESETS`; by default by the name of the file
-    **given,              # in place of a preset: image_size, num_heads, schedule, T, rescale_t, of an upsampler low_size, groups if not 32; with either: dropout
+    **given,              # in place of a preset all of `NEEDED`; with either those of `MORE`
 ) -> tuple[nn.Module, Schedule, dict]: # network in eval mode, schedule, configuration
     "An official checkpoint, with the configuration that it does not carry."
-    if is_ours(path): raise ValueError(f"{path} is our own checkpoint and carries its configuration: use iddpm_nb.load")
+    require(not is_ours(path),
+            f"{path} is our own checkpoint and carries its configuration: use iddpm_nb.load")
     tensors = read_tensors(path)
     check_layout(tensors, path)
     name, known = choose(path, preset, given)
     found = infer(tensors, known["network"]["image_size"])
     check_preset(name, known, found, path)
     config = describe_openai(known["network"] | found, known, name)
-    with torch.device("meta"): net = (Upsampler if "low_size" in config["network"] else UNet)(**config["network"])
+    kind = Upsampler if "low_size" in config["network"] else UNet
+    with torch.device("meta"): net = kind(**config["network"])
     ours = {official_name(k.removeprefix("net.")): k for k in net.state_dict()}
     check_keys({k: net.get_parameter(v) for k, v in ours.items()}, tensors, path)
+    check_described(config)                    # what was said by hand
     net.load_state_dict({ours[k]: v.float() for k, v in tensors.items()}, assign=True)
     return net.to(device).eval(), make_schedule(**config["schedule"]).to(device), config
 

@@ -9,7 +9,6 @@ __all__ = ['LEARNED', 'setup_notebook', 'image_grid', 'save_grid', 'show_images'
 import math
 import os
 import sys
-from contextlib import suppress
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,7 +95,7 @@ class Steady:
     def __init__(self,
         stream, # sys.stdout, sys.stderr; None where there is none
     ):
-        self.stream = stream
+        self.stream, self.lost = stream, None    # why something could not be written
 
     def write(self, text:str) -> int:
         try:
@@ -104,12 +103,13 @@ class Steady:
         except UnicodeEncodeError:
             kind = getattr(self.stream, "encoding", None) or "ascii"
             self.write(text.encode(kind, "backslashreplace").decode(kind))
-        except (OSError, ValueError, AttributeError):
-            pass                               # a reader that has gone, a full disk, closed, not there
+        except (OSError, ValueError, AttributeError) as e:
+            self.lost = e                      # a reader that has gone, a full disk, closed, not there
         return len(text)
 
     def flush(self):
-        with suppress(OSError, ValueError, AttributeError): self.stream.flush()
+        try: self.stream.flush()
+        except (OSError, ValueError, AttributeError) as e: self.lost = e
 
     def __getattr__(self, name): return getattr(self.stream, name)
 

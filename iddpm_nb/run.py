@@ -29,6 +29,7 @@ from .files import lock, numbered, sweep, write
 from .folders import Files, open_images, open_sets
 from .forward import Schedule
 from .importance import LossSecondMomentSampler, UniformSampler
+from .memory import check_memory
 from .pictures import say
 from .train import Alone, Training, start_training
 from .underway import Work, follow, noted, unless_it_fails
@@ -236,6 +237,7 @@ def prepared(
     old:Config|None,     # of the run that is continued
     device,              # where it trains
     progress:bool=False, # draw a bar while files are read
+    processes:int=1,     # that train together
 ) -> tuple: # configuration, all filled in; images to train on; held out, or None; what was decided
     "Everything that can be refused before a network is built."
     if old is not None:
@@ -249,7 +251,8 @@ def prepared(
             "with ten and more some are held out, to be enlarged")
     settled = settle(c, d, device)
     if old is not None: check_unchanged(settled, old)
-    return settled, d, held, [*d.notes, *filter(None, [described_choice(c, settled)])]
+    tight = check_memory(describe(settled, d), device, processes)
+    return settled, d, held, [*d.notes, *filter(None, [described_choice(c, settled), tight])]
 
 ITS_OWN = "data", "root", "workers", "on_disk", "threads"   # may differ from machine to machine
 
@@ -374,7 +377,7 @@ def train_run(
     with join(device) as team, ExitStack() as hold:
         device, bars = place(team, device), progress and team.rank == 0
         old = all_or_none(team, lambda: entered(resume_from, team, hold))
-        c, d, held, decided = all_or_none(team, lambda: prepared(c, old, device, bars))
+        c, d, held, decided = all_or_none(team, lambda: prepared(c, old, device, bars, team.size))
         check_alike(team, in_common(c, d, old is not None, judged))
         run, s, about = begin(c, d, device, team)
         model, made_on = Bundle(spread(run.emas[0].net, team), s, about), machine(device)

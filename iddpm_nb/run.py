@@ -19,8 +19,8 @@ import torch
 from .bundle import Bundle, judge, load, machine
 from .checkpoint import best, build, checkpoints, read_header, resume
 from .checks import require, shown
-from .config import (Config, as_before, check_same, check_unchanged, describe,
-                             described_choice, fit)
+from .config import (Config, as_before, check_config, check_same, check_unchanged,
+                             describe, described_choice, fit)
 from .data import Images, label_content, named
 from .described import parsed
 from .distributed import all_or_none, check_alike, join, spread
@@ -240,6 +240,7 @@ def prepared(
     processes:int=1,     # that train together
 ) -> tuple: # configuration, all filled in; images to train on; held out, or None; what was decided
     "Everything that can be refused before a network is built."
+    check_config(c)            # before any file is read
     if old is not None:
         c = recall(c, old)
         require(named(c.data.data) or Path(c.data.data).exists(),

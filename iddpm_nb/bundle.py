@@ -49,13 +49,13 @@ def check_room(
     n:int,  # images that are asked for
     shape,  # of each, (C,H,W)
     device, # where they are made
+    mend:str="draw fewer at a time, each time with another seed",
 ):
     "Refuse what cannot be held: at its fullest moment a chain holds all images about five times."
     need, free = 20 * n * math.prod(shape), free_memory(device)
     require(need <= free,
             f"{n} images {tuple(shape)} need about {need // 10**6:,} MB of memory, and "
-            f"{free // 10**6:,} MB are free: draw fewer at a time, each time with another seed",
-            MemoryError)
+            f"{free // 10**6:,} MB are free: {mend}", MemoryError)
 
 @dataclass(eq=False)
 class Bundle:

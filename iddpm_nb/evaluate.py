@@ -12,17 +12,17 @@ __all__ = ['EvalOptions', 'check_given', 'check_options', 'Subject', 'holds_imag
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 import tyro
-from .bundle import Bundle, machine, weights_file
+from .bundle import TO_SAMPLE, Bundle, check_room, check_seed, machine, weights_file
 from .checkpoint import read_header
 from .checks import require, shown
 from .cli import check_place, command
 from .conditioning import labels_by_name
-from .data import Images, free_memory, named, to_uint8
+from .data import Images, named, to_uint8
+from .described import check_described
 from .distributed import join, spread
 from .features import Features, extract, get_features
 from .files import reserved, sweep, write
@@ -89,7 +89,7 @@ def check_options(o:EvalOptions):
     for k, low in {"n": 1, "samples": 2, "chunk": 1, "image_size": 1, "num_t": 1}.items():
         v, name = getattr(o, k), k.replace("_", "-")
         require(v is None or v >= low, f"--{name} must be at least {low}, got {v}")
-    require(0 <= o.seed < 2**63, f"--seed must lie in 0..{2**63 - 1}, got {o.seed}")
+    check_seed(o.seed)
     of_samples = (o.fid or o.pr or not o.features) and (o.fid or not o.infinite)
     require(of_samples, "--infinite and --features are for samples: ask for --fid (or, for "
             "--features, --pr) as well")
@@ -112,7 +112,11 @@ class Subject:
     @property
     def data(self) -> dict: # as `DataConfig` has them
         "The images of the training."
-        return self.about.get("run", {}).get("data", {"data": None, "root": "data"})
+        said = {"data": None, "root": "data"} | self.about.get("run", {}).get("data", {})
+        for k in ("data", "root"):
+            known = said[k] is None or isinstance(said[k], str)
+            require(known, f"{shown(self.file)} says that {k} is {said[k]}, which is no path")
+        return said
 
 def holds_images(path:str) -> bool:
     "Are there samples in the place of a model?"
@@ -127,7 +131,10 @@ def run_of(path:Path) -> dict: # {} if there is none
     "The configuration of the run in whose folder samples lie."
     for folder in path.resolve().parents[:2]:
         if not (folder / "checkpoints").is_dir(): continue
-        with contextlib.suppress(FileNotFoundError): return read_header(weights_file(folder))[1]
+        with contextlib.suppress(FileNotFoundError):
+            about = read_header(weights_file(folder))[1]
+            check_described(about, TO_SAMPLE)
+            return about
     return {}
 
 def chosen(path:str, weights:str) -> Path: # the file that is loaded
@@ -201,7 +208,7 @@ def labels_of(
     n:int, # of how many
 ) -> dict | None: # further arguments of the network
     "The labels of images, as the model numbers its classes, if the network asks for them."
-    rows, classes, name = model.net.num_classes, model.config["classes"], shown(d.name)
+    rows, classes, name = model.net.num_classes, model.config.get("classes", ()), shown(d.name)
     if not rows: return None
     require(d.labels is not None, f"this model has {len(classes) or rows} classes, but {name} has "
             "no labels: use a folder with a subfolder for each class, or an .npz with labels")
@@ -217,9 +224,7 @@ def teamed(model, team): # a model that all processes ask together
 def bound(o:EvalOptions, model, held, team): # `Bits`
     "The bits per dimension of each image."
     n, device = min(o.n, len(held)), next(model.net.parameters()).device
-    need, free = 20 * n * math.prod(held.images.shape[1:]), free_memory(device)
-    require(need <= free, f"{n} images need about {need // 10**6:,} MB of memory, and "
-            f"{free // 10**6:,} MB are free: measure fewer (--n)", MemoryError)
+    check_room(n, held.images.shape[1:], device, "measure fewer (--n)")
     b = respaced(o, model).bits_per_dim(
         held.images[:n], o.num_t, o.seed, clip_x0=o.clip_x0, progress=team.rank == 0,
         cond=labels_of(model, held, n), chunk=o.chunk and o.chunk * team.size)

@@ -106,7 +106,7 @@ class Dropping:
     def state_dict(self):
         return {"batches": self.batches.state_dict(), "dropping": self.generator.get_state()}
     def load_state_dict(self, state, new_data=False): # as for `Batches`
-        self.batches.load_state_dict(state["batches"], *[new_data] * new_data)
+        self.batches.load_state_dict(state["batches"], new_data)
         self.generator.set_state(state["dropping"])
 
 # %% ../nbs/12_class_conditioning.ipynb #6343c154

@@ -107,7 +107,7 @@ class Paired:
     def state_dict(self):
         return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
     def load_state_dict(self, state, new_data=False): # as for `Batches`
-        self.batches.load_state_dict(state["batches"], *[new_data] * new_data)
+        self.batches.load_state_dict(state["batches"], new_data)
         self.generator.set_state(state["noise"])
 
 # %% ../nbs/13_upsampling.ipynb #9c84a8a5

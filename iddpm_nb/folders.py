@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'DEEP', 'MOVING', 'CLEAR', 'SUFFIXES', 'SYSTEM', 'OWN', 'SHUT', 'TWICE', 'ODD', 'HIDDEN', 'PARTS',
            'Unreadable', 'kinds', 'on_paper', 'fitted', 'decoded', 'trouble', 'read_image', 'is_run', 'look', 'below',
-           'Found', 'is_grid', 'is_picture', 'many', 'counted', 'left_out', 'strange', 'tops_of', 'listed', 'Files',
-           'in_parallel', 'Read', 'read_all', 'keep', 'from_folder', 'on_folder', 'open_whole', 'part', 'open_sets',
-           'open_images', 'load_images']
+           'Found', 'is_grid', 'is_picture', 'many', 'counted', 'left_out', 'strange', 'listed', 'Files', 'in_parallel',
+           'Read', 'read_all', 'keep', 'from_folder', 'on_folder', 'open_whole', 'part', 'open_sets', 'open_images',
+           'load_images']
 
 # %% ../nbs/00c_folders.ipynb #fd000003
 import hashlib
@@ -98,6 +98,7 @@ def trouble(
         return ("has more pixels than one file may have, lest it fill the memory "
                 f"({2 * Image.MAX_IMAGE_PIXELS:,}); make it smaller")
     if isinstance(e, MemoryError): return "does not fit into the memory; make it smaller"
+    if isinstance(e, OSError) and e.strerror: return f"cannot be opened ({e.strerror})"
     return f"is not a readable image ({type(e).__name__})"
 
 def read_image(
@@ -155,7 +156,10 @@ def below(
                 inside, mine = look(here, passed)
                 todo, files = todo + inside[::-1], files + mine
             seen.add((mark.st_dev, mark.st_ino))
-        except OSError: passed[SHUT].append(here)
+        except OSError as e:
+            require(files or todo or here != Path(folder),
+                    f"{shown(folder)} cannot be opened ({e.strerror})")
+            passed[SHUT].append(here)
     return files, passed
 
 # %% ../nbs/00c_folders.ipynb #fd000022
@@ -234,27 +238,19 @@ def strange(
     return tuple(notes)
 
 # %% ../nbs/00c_folders.ipynb #fd000024
-def tops_of(
-    folder:Path,
-    paths,          # of what lies below it
-    deeper=True,    # None for what lies directly in it
-) -> list: # of names
-    "The first step of each path."
-    steps = [p.relative_to(folder).parts for p in paths]
-    return [s[0] if len(s) > 1 or not deeper else None for s in steps]
-
 def listed(
     folder:Path, # pictures anywhere below it; its first level of subfolders, if any: the classes
 ) -> Found:
     "The pictures of a folder, sorted by path, and their classes."
     folder = Path(folder)
     files, passed = below(folder)
-    every = set(files)
+    every, top = set(files), lambda p: p.relative_to(folder).parts[0]
     grids = [p for p in files if is_grid(p, every)]
-    paths = sorted(p for p in files if is_picture(p) and p not in grids)
-    used = {*paths, *grids}
-    other = [p for p in files if p not in used and p.with_suffix(".png") not in grids]
-    tops, gone = tops_of(folder, paths), tops_of(folder, sum(passed.values(), []), False)
+    drawn = {*grids, *(p.with_suffix(".npz") for p in grids)}
+    paths = sorted(p for p in files if p not in drawn and is_picture(p))
+    other = sorted(every - drawn - set(paths))
+    tops = [None if p.parent == folder else top(p) for p in paths]
+    gone = {top(p) for found in passed.values() for p in found}
     inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in gone)
     notes = left_out(folder, passed, other, grids) + strange(tops, inside)
     why = "; ".join(notes) or "it is empty"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIGITS', 'TORCHVISION', 'to_float', 'to_uint8', 'Images', 'image_sums', 'whole_sum', 'content', 'label_content',
            'shipped', 'digits', 'free_memory', 'fits', 'from_npz', 'named', 'from_torchvision', 'held_out', 'parts',
-           'of_size', 'by_name', 'mirrored', 'same_data', 'Batches']
+           'of_size', 'by_name', 'mirrored', 'Batches']
 
 # %% ../nbs/00_data.ipynb #3a2570a7
 import hashlib
@@ -322,21 +322,36 @@ def mirrored(
     which = which.to(x.device, non_blocking=True)[:, None, None, None]
     return torch.where(which, x.flip(-1), x)
 
-def same_data(
-    state:dict,         # of a checkpoint: what it was trained on
-    now:dict,           # the same of what is here
-    new_data:bool=False, # go on if it is something else
-) -> bool: # is it the same?
+# %% ../nbs/00_data.ipynb #a7c01d1e
+def share_of(
+    batch:int,   # images a batch
+    share:tuple, # (i, n): the i-th of n equal parts
+) -> slice: # of the batch
+    "The images that one of several processes hands out."
+    i, n = share
+    team = f" and a multiple of the number of processes, {n}" if n > 1 else ""
+    require(batch >= 1 and batch % n == 0, f"batch must be at least 1{team}, got {batch}")
+    return slice(batch // n * i, batch // n * (i + 1))
+
+def position(
+    state:dict,          # of a checkpoint: where it was, and in which data
+    now:dict,            # the same of the data that are here
+    n:int,               # so many images are here
+    new_data:bool=False, # go on if they are others
+) -> Tensor: # int64, the images that come next; none, and a new epoch begins, if they are others
     "Compare images and labels with those of a checkpoint, and refuse others."
-    images = state["images"] == now["images"]
     was, has = state.get("labels"), now.get("labels")     # None: nobody looks at them
-    labels = None in (was, has) or was == has
+    images, labels = state["images"] == now["images"], None in (was, has) or was == has
     mend = "restore them, or go on with those that are here by --new-data"
     require(images or new_data,
             f"these are not the images that the checkpoint was trained on: {mend}")
     require(labels or new_data, "these images have other labels or class names than those that "
             f"the checkpoint was trained on: {mend}")
-    return images and labels
+    order = state["order"] if images and labels else torch.empty(0, dtype=torch.int64)
+    plain = torch.is_tensor(order) and order.dtype == torch.int64 and order.ndim == 1
+    require(plain and (not len(order) or 0 <= order.min() and order.max() < n),
+            "the checkpoint's position in the data is damaged: continue from an earlier one")
+    return order
 
 # %% ../nbs/00_data.ipynb #a7c01d16
 class Batches:
@@ -349,28 +364,20 @@ class Batches:
         flip:bool=False,    # mirror every image left to right with probability 1/2
         share:tuple=(0, 1), # (i, n): hand out only the i-th of n equal parts of each batch
     ):
-        i, n = share
-        team = f" and a multiple of the number of processes, {n}" if n > 1 else ""
-        require(batch >= 1 and batch % n == 0, f"batch must be at least 1{team}, got {batch}")
-        self.flip, self.part = flip, slice(batch // n * i, batch // n * (i + 1))
-        self.batch, self.device, self.images = batch, device, self.placed(data.images, device)
+        self.batch, self.device, self.flip = batch, device, flip
+        self.part, self.images = share_of(batch, share), data.images.to(device)
         self.labels = None if data.labels is None else data.labels.to(device)
         self.sum, self.label_sum = content(data), label_content(data)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order, self.pos = torch.empty(0, dtype=torch.long), 0
-
-    def placed(self, images, device): return images.to(device)
+        self.generator, self.order = torch.Generator().manual_seed(seed), torch.arange(0)
 
     def indices(self):
-        heads, n = [self.order[self.pos:]], len(self.order) - self.pos
-        while n < self.batch:           # an epoch's tail is joined to the next epoch's head
-            heads.append(torch.randperm(len(self.images), generator=self.generator))
-            n += len(heads[-1])
-        if len(heads) > 1: self.order, self.pos = torch.cat(heads), 0
-        self.pos += self.batch
-        return self.order[self.pos - self.batch:self.pos]
-
-    def draw(self): # -> the next part of a batch: numbers of images, which are mirrored or None
+        if (short := self.batch - len(self.order)) > 0:     # an epoch's tail, the next's head
+            n, g = len(self.images), self.generator
+            epochs = [torch.randperm(n, generator=g) for _ in range(-(-short // n))]
+            self.order = torch.cat([self.order, *epochs])
+        now, self.order = self.order[:self.batch], self.order[self.batch:]
+        return now
+    def draw(self): # the numbers of the next images, and which are mirrored, or None
         i = self.indices()[self.part]
         if not self.flip: return i, None
         return i, torch.rand(self.batch, generator=self.generator)[self.part] < 0.5
@@ -384,17 +391,8 @@ class Batches:
 
     def seen(self): # what a checkpoint says about the data
         return {"images": self.sum} | ({} if self.labels is None else {"labels": self.label_sum})
-
     def state_dict(self):
-        order, generator = self.order[self.pos:].clone(), self.generator.get_state()
-        return {"order": order, "generator": generator} | self.seen()
-
-    def load_state_dict(self, state,
-        new_data=False, # if images or labels are others now, begin an epoch with them
-    ):
-        order = state["order"] if same_data(state, self.seen(), new_data) else self.order[:0]
-        inside = not len(order) or 0 <= order.min() and order.max() < len(self.images)
-        require(order.dtype == torch.int64 and order.ndim == 1 and inside,
-                "the checkpoint's position in the data is damaged: continue from an earlier one")
+        return {"order": self.order.clone(), "generator": self.generator.get_state()} | self.seen()
+    def load_state_dict(self, state, new_data=False): # True: take other data, in a new epoch
+        self.order = position(state, self.seen(), len(self.images), new_data)
         self.generator.set_state(state["generator"])
-        self.order, self.pos = order, 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flops', 'product_rate', 'native_bfloat16', 'pick_precision', 'InPrecision', 'fast_network', 'Rows', 'as_it_is',
-           'stopping', 'undisturbed', 'Prefetch', 'make_batches']
+           'undisturbed', 'fetched', 'Prefetch', 'make_batches']
 
 # %% ../nbs/08e_speed.ipynb #ee2840cc
 import atexit
@@ -114,15 +114,19 @@ class Rows(torch.utils.data.Dataset):
         except ValueError as e: return str(e)
 
 def as_it_is(x): return x
-def stopping() -> list: # of signals that ask a run to stop; Windows has only the first two
-    names = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
-
 def undisturbed(worker):
     "The main process alone decides what a signal means, and what is said."
-    for s in stopping(): signal.signal(s, signal.SIG_IGN)
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+
+def fetched(ahead): # the next images that workers have made
+    try: return next(ahead)
+    except RuntimeError as e:
+        if "worker" not in str(e): raise
+        sentence = ("a process that reads images ahead has died, most likely because memory ran out: "
+                    "go on with fewer of them, --workers 1 or 0")
+        raise ChildProcessError(sentence) from e
 
 class Prefetch(Batches):
     "`Batches` made by workers ahead of time: for `Files`, or `Images` that the device cannot hold."
@@ -130,11 +134,9 @@ class Prefetch(Batches):
         share:tuple=(0, 1), # all as for `Batches`
         workers:int=2,      # processes that read ahead; 0: none
     ):
-        super().__init__(data, batch, seed, device, flip, share)
-        self.labels, self.workers = data.labels, workers
+        super().__init__(data, batch, seed, "cpu", flip, share)
+        self.device, self.workers = device, workers
         self.restart()
-
-    def placed(self, images, device): return images
 
     def restart(self):
         self.ahead, self.plans, self.here = None, deque(), Batches.state_dict(self)
@@ -153,16 +155,9 @@ class Prefetch(Batches):
                                pin_memory=torch.device(self.device).type == "cuda",
                                generator=torch.Generator()))
 
-    def fetched(self): # the next images that the workers have made
-        try: return next(self.ahead)
-        except RuntimeError as e:
-            sentence = ("a process that reads images ahead has died, most likely because memory ran "
-                        "out: go on with fewer of them, --workers 1 or 0")
-            raise ChildProcessError(sentence) from e
-
     def __next__(self): # as `Batches`
         if self.ahead is None: self.ahead = self.load()
-        x, (i, mirror, self.here) = self.fetched(), self.plans.popleft()
+        x, (i, mirror, self.here) = fetched(self.ahead), self.plans.popleft()
         require(torch.is_tensor(x), x)
         x = x.to(self.device, non_blocking=True)
         y = None if self.labels is None else self.labels[i].to(self.device, non_blocking=True)

@@ -274,7 +274,7 @@ def a_decompression_bomb(d):
     fill(d)
     (d / "cat" / "bomb.png").write_bytes(png(30_000, 30_000, 8, 0, b""))
     text = said(d)
-    assert "bomb.png has more pixels" in text and "not a readable" not in text
+    assert "bomb.png has more than" in text and "not a readable" not in text
 
 
 @animal
@@ -315,7 +315,7 @@ def animations_and_pages(d):
     for name in ("a.gif", "b.png", "c.tif", "d.webp"):
         frames[0].save(d / "cat" / name, save_all=True, append_images=frames[1:])
     n, _, notes = opened(d)
-    assert n == 16 and "4 pictures with several pictures (the first is read)" in notes
+    assert n == 16 and "4 pictures with several images: the first is read" in notes
 
 
 @animal

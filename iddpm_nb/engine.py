@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flops', 'product_rate', 'native_bfloat16', 'pick_precision', 'InPrecision', 'fast_network', 'Rows', 'as_it_is',
-           'undisturbed', 'fetched', 'Prefetch', 'make_batches']
+           'stopping', 'undisturbed', 'fetched', 'Prefetch', 'make_batches']
 
 # %% ../nbs/08e_speed.ipynb #ee2840cc
 import atexit
@@ -114,9 +114,13 @@ class Rows(torch.utils.data.Dataset):
         except ValueError as e: return str(e)
 
 def as_it_is(x): return x
+def stopping() -> list: # of signals that ask a run to stop; Windows has only the first two
+    names = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
 def undisturbed(worker):
     "The main process alone decides what a signal means, and what is said."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    for s in stopping(): signal.signal(s, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 

@@ -85,7 +85,8 @@ class TrainConfig:
     steps: Times | None = None      # training steps; None: by the images
     batch: Number | None = None     # images a step, over all processes; None: by the images
     # images at a time in each process, to save memory; the gradients are those of the whole batch,
-    # up to the last digits. None, or as many as the batch: all at once
+    # up to the last digits. None: all at once, or as many as fit into the memory. Above the batch:
+    # all at once
     micro: Number | None = None
     # learning rate, at its height; None: by the images
     lr: Annotated[float, Meta(gt=0, le=1e6)] | None = None

@@ -29,7 +29,7 @@ from .files import lock, numbered, sweep, write
 from .folders import Files, open_images, open_sets
 from .forward import Schedule
 from .importance import LossSecondMomentSampler, UniformSampler
-from .memory import check_memory
+from .memory import fit_memory
 from .pictures import say
 from .train import Alone, Training, start_training
 from .underway import Work, follow, noted, unless_it_fails
@@ -252,10 +252,11 @@ def prepared(
             "with ten and more some are held out, to be enlarged")
     settled = settle(c, d, device)
     if old is not None: check_unchanged(settled, old)
-    tight = check_memory(describe(settled, d), device, processes)
+    micro, tight = fit_memory(describe(settled, d), device, processes)
+    settled = dataclasses.replace(settled, train=dataclasses.replace(settled.train, micro=micro))
     return settled, d, held, [*d.notes, *filter(None, [described_choice(c, settled), tight])]
 
-ITS_OWN = "data", "root", "workers", "on_disk", "threads"   # may differ from machine to machine
+ITS_OWN = "data", "root", "workers", "on_disk", "threads", "micro" # may differ between machines
 
 def in_common(c:Config, d:Images, resume:bool, judged:bool) -> dict: # of all processes of a team
     parts = dataclasses.asdict(c).values()

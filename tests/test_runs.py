@@ -296,6 +296,20 @@ def test_a_run_without_held_out_images_knows_that_it_has_saved(tmp_path):
     assert "is its disk not mounted?" in refused(tiny(few), resume_from=tmp_path / "run")
 
 
+def test_the_commit_is_read_before_the_training(tmp_path):
+    "Of the source that trains, not of what it has become meanwhile."
+    order, begins = [], runs.follow
+    def known(device, machine=runs.machine):
+        order.append("commit")
+        return machine(device)
+    def follows(*args):
+        order.append("training")
+        return begins(*args)
+    with patch.object(runs, "machine", known), patch.object(runs, "follow", follows):
+        go(tiny(steps=2), tmp_path / "run")
+    assert order == ["commit", "training"]
+
+
 def test_a_configuration_that_cannot_be_read(six):
     for text in ("{", "[]", "[" * 100_000):
         (six / "config.json").write_text(text)
@@ -335,6 +349,7 @@ def test_processes_that_do_not_belong_together(tmp_path):
         assert "is taken" in h["taken"]
         assert "process 1 has resume = False, and the first has True" in h["resume"]
         assert "process 1 has the step to go on from = 2, and the first has 4" in h["step"]
+    assert "process 1: " in heard[0]["command"] and "nowhere holds no run" in heard[0]["command"]
     assert "4 steps; training took" in heard[0]["right"] and heard[1]["right"] == ""
     assert "memory ran out" in heard[0]["memory"] and "6 steps; training took" in heard[0]["memory"]
     for name in "loss", "save_every", "images", "none", "new", "nowhere":

@@ -1,5 +1,7 @@
 """Started twice by test_runs: trainings that do not belong together, one after the other."""
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from iddpm_nb import underway
+from iddpm_nb.cli import iddpm_train
 from iddpm_nb.run import train_run
 from iddpm_nb.unet import UNet
 from test_runs import NO_MEMORY, pictures, tiny
@@ -62,4 +65,8 @@ for name, c, how in trainings():
     except (ValueError, OSError) as e:
         heard[name] = f"{type(e).__name__}: {e}"
         if dist.is_initialized(): dist.destroy_process_group()
+said = io.StringIO()
+with contextlib.redirect_stderr(said):             # a machine that does not see the folder, as typed
+    try: iddpm_train(["--resume", str(HOME / ("run", "nowhere")[RANK]), "--device", "cpu"])
+    except SystemExit: heard["command"] = said.getvalue()
 (HOME / f"heard{RANK}.json").write_text(json.dumps(heard))

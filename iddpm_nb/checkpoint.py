@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from .checks import require, shown
+from .checks import no_memory, require, shown
 from .described import check_described, checked, parsed
 from .files import checksum, numbered, sync, write
 from .forward import Schedule
@@ -131,8 +131,8 @@ def read_state(
         with zipfile.ZipFile(path) as z: unpacked = sum(i.file_size for i in z.infolist())
         require(unpacked <= Path(path).stat().st_size, "what is in it is packed")   # into any size
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError: raise
     except Exception as e:     # whatever a reader of strange bytes can come upon
+        if isinstance(e, OSError) or no_memory(e): raise
         raise ValueError(f"{shown(path)} is not a training state: it is cut short, or holds more "
                          "than tensors and numbers; nothing in it was run") from e
 
@@ -235,7 +235,7 @@ def restore_state(
         put_back(run, state, new_data)
     except Exception as e:
         put_back(run, own, False)
-        if isinstance(e, (ValueError, OSError)): raise
+        if isinstance(e, (ValueError, OSError)) or no_memory(e): raise
         raise ValueError(f"{shown(path)} holds no training state of the known form: {e}") from e
 
 # %% ../nbs/08a_checkpoints.ipynb #108075c9
@@ -262,7 +262,7 @@ def best(
     "Which checkpoint is the best so far."
     path = Path(folder) / "best.json"
     if not path.exists(): return {}
-    try: found = checked(parsed(path.read_bytes(), path), Best)
+    try: found = checked(parsed(path.read_bytes(), path), Best) if path.is_file() else None
     except (ValueError, OSError): found = None
     if found is None or not math.isfinite(found.score):
         warnings.warn(f"{shown(path)} cannot be understood: which checkpoint was the best is not "
@@ -357,6 +357,7 @@ def whole(
     "Whether every file has the checksum it was written with, and the folder the name of its step."
     file = path / "checksums.json"
     try:
+        if not file.is_file(): return False
         sums = checked(parsed(file.read_bytes(), file), dict[str, str], file)
         kept = all((path / k).is_file() and checksum(path / k) == v for k, v in sums.items())
         return {"model.safetensors", "state.pt"} <= sums.keys() and kept and is_step(path)

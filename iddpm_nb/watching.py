@@ -155,9 +155,11 @@ def read_log(
     "metrics.jsonl, line by line. What is no line of it is passed over."
     path, text = Path(folder) / "metrics.jsonl", b""
     try:
-        if path.exists(): text = path.read_bytes()
+        if path.exists():
+            require(path.is_file(), "it is no file", OSError)
+            text = path.read_bytes()
     except OSError as e:
-        warn_once(f"{shown(path)} cannot be read, and is left as it is", e.strerror)
+        warn_once(f"{shown(path)} cannot be read, and is left as it is", str(e))
         return []
     *lines, last = [row_of(line, path) for line in text.split(b"\n") if line.strip()] or [None]
     if bad := lines.count(None):

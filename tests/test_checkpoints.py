@@ -492,3 +492,24 @@ def test_a_log_that_cannot_be_read_is_not_emptied(tmp_path, monkeypatch, once):
         with pytest.warns(UserWarning, match="left as it is"): rows = read_log(tmp_path, upto=1)
     assert rows == []
     assert read_log(tmp_path) == [M]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_named_pipes_are_not_waited_for(tmp_path, once):
+    run = saved(tmp_path, 3, 6)
+    for name in "best.json", "metrics.jsonl", "0000006/checksums.json":
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+    with pytest.warns(UserWarning):
+        assert checkpoint.best(tmp_path) == {} and read_log(tmp_path) == []
+        assert resume(tmp_path, run).name == "0000003"
+
+
+def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
+    saved(tmp_path, 3)
+    real = torch.load
+    def full(*args, **how):
+        if how.get("mmap"): return real(*args, **how)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(RuntimeError, match="allocate"): resume(tmp_path, small())

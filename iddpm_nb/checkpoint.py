@@ -163,8 +163,9 @@ def check_moments(
     same = len(mine) == len(its) and all(
         a[k] == b[k] for a, b in zip(mine, its) for k in a.keys() & b.keys() - OPEN)
     require(same, "the checkpoint's optimizer has other settings than this training's")
-    params = dict(enumerate(p for group in opt.param_groups for p in group["params"]))
     adam = isinstance(opt, (torch.optim.Adam, torch.optim.AdamW))
+    if not adam and not any(group.get("fused") for group in mine): return    # it looks for itself
+    params = dict(enumerate(p for group in opt.param_groups for p in group["params"]))
     needs = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     for i, moments in saved["state"].items():
         fits = i in params and needs <= moments.keys()

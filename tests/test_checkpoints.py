@@ -513,3 +513,13 @@ def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(RuntimeError, match="allocate"): resume(tmp_path, small())
+
+
+@pytest.mark.parametrize("kind, how", [("SGD", {"momentum": 0.9, "fused": True}), ("Adafactor", {}),
+                                       ("Adam", {"amsgrad": True}), ("RMSprop", {})])
+def test_other_optimizers_go_on_too(tmp_path, kind, how):
+    run, other = small(), small()
+    for r in (run, other): r.opt = getattr(torch.optim, kind)(r.net.parameters(), lr=0.01, **how)
+    for _ in range(2): step_by(run)
+    save_checkpoint(tmp_path, run, {})
+    assert resume(tmp_path, other) and torch.equal(step_by(other), step_by(run))

@@ -148,7 +148,9 @@ def respaced(o:EvalOptions, model): # with the steps asked for
 def subject(o:EvalOptions, team) -> Subject:
     "What a path leads to."
     path = Path(o.path)
-    if holds_images(o.path): return Subject(path, None, run_of(path))
+    if holds_images(o.path):
+        require(path.exists(), f"there are no samples {shown(path.absolute())}", FileNotFoundError)
+        return Subject(path, None, run_of(path))
     picture = path.suffix.lower() in SUFFIXES and path.is_file()
     require(not picture, f"{shown(path)} is one picture: samples are an .npz or a folder of images")
     file = chosen(o.path, o.weights)   # once: a run that goes on may have a later one soon
@@ -193,7 +195,7 @@ def image_sets(o:EvalOptions, s:Subject, progress:bool) -> tuple:
     data, was, (size, mode) = which_data(o, s), s.data["data"], read_as(o, s)
     how = {"root": s.data["root"], "mode": mode, "progress": progress,
            "skip_broken": s.data.get("skip_broken", False)}
-    if named(data): return *open_sets(data, size, **how), ()
+    if named(data): return *open_sets(data, size if "mnist" in data else None, **how), ()
     d = dataclasses.replace(open_images(data, "all", size, **how), name=str(data))
     there = bool(was) and not named(was) and Path(data).resolve() == Path(was).resolve()
     if not there and d.whole != s.about.get("content"): return d, d, d.notes
@@ -375,6 +377,6 @@ def iddpm_eval(args=None):
     check_place(o.out)
     with join(o.device) as team, contextlib.ExitStack() as stack:
         if o.out and team.rank == 0:
-            sweep(Path(o.out).resolve().parent)
-            stack.enter_context(reserved([Path(o.out)]))
+            sweep(Path(o.out).absolute().parent)
+            stack.enter_context(reserved([Path(o.out).absolute()]))
         evaluate(o, team)

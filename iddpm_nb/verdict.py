@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 import torch
 from torch import Tensor
+from .checks import shown
 
 # %% ../nbs/15c_verdicts.ipynb #4b4722ac
 @cache
@@ -106,8 +107,11 @@ def read_records(
     "All records of a scale."
     found = {}
     for path in sorted(Path(folder).glob("*.json")):
-        r = json.loads(path.read_text())
-        found.setdefault(r["row"], {})[r["seed"]] = r
+        try:
+            r = json.loads(path.read_text())
+            found.setdefault(r["row"], {})[r["seed"]] = r
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise ValueError(f"{shown(path)} is no record ({e}): move it away") from e
     return found
 
 def figure_of(record:dict, path:tuple): # what stands there; None if it was not run

@@ -1,9 +1,8 @@
 "iddpm_eval and iddpm_tables, on what people and accidents do: other folders, damaged files, strange options."
 import json
-import os
 import shutil
 import sys
-from pathlib import Path
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -211,7 +210,9 @@ def test_features_that_are_kept(home):
     cache = home / "kept"
     cache.mkdir()
     (cache / ".half.safetensors.1-ab.part").write_bytes(b"cut")
-    line = f"run/samples_12x3.npz --fid --features pics --device cpu --cache {cache}"
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5))
+    with warnings.catch_warnings(action="ignore"): torch.jit.script(net).save(home / "net.pt")
+    line = f"run/samples_12x3.npz --fid --features net.pt --device cpu --cache {cache}"
     first = record(home, line)
     kept, = cache.iterdir()
     assert kept.name.endswith(".safetensors")
@@ -295,5 +296,5 @@ def test_options_of_the_tables(tmp_path, edge):
 
 
 def test_tables_go_on_without_a_reader(tmp_path):
-    args = f"digits --plan --runs {tmp_path} --out {tmp_path}".split()
+    args = f"{ROW} --plan --runs {tmp_path} --out {tmp_path}".split()
     with mock.patch.object(sys, "stdout", Gone()): iddpm_tables(args)

@@ -33,10 +33,12 @@ def flops(
 ) -> tuple[int, int]: # forward; forward and backward
     "Additions and multiplications for one image, in convolutions and matrix products."
     from torch.utils.flop_counter import FlopCounterMode
-    net, cond = copy.deepcopy(net).to("meta").requires_grad_(), {k: v.to("meta") for k, v in cond.items()}
-    with FlopCounterMode(display=False) as forward: out = net(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), **cond)
+    net, cond = copy.deepcopy(net).to("meta"), {k: v.to("meta") for k, v in cond.items()}
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    with FlopCounterMode(display=False) as forward: out = net.requires_grad_()(x, t, **cond)
     with FlopCounterMode(display=False) as backward: out.sum().backward()
-    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    n = forward.get_total_flops()
+    return n, n + backward.get_total_flops()
 
 # %% ../nbs/08e_speed.ipynb #3cf2780b
 def product_rate(
@@ -50,23 +52,27 @@ def product_rate(
     n = n or (8192 if torch.device(device).type == "cuda" else 2048)
     a, seconds = torch.randn(n, n, device=device).to(dtype), []
     for _ in range(repeats + 1):
-        wait(); start = time.perf_counter()
+        wait()
+        start = time.perf_counter()
         a @ a
-        wait(); seconds.append(time.perf_counter() - start)
+        wait()
+        seconds.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(seconds[1:])
 
 # %% ../nbs/08e_speed.ipynb #e4cdc697
 def native_bfloat16() -> bool:
     "Does this CPU multiply bfloat16 numbers by itself (AMX or AVX512-BF16)?"
-    return any(getattr(torch.cpu, ask, bool)() for ask in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    asked = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
+    return any(getattr(torch.cpu, ask, bool)() for ask in asked)
 
 def pick_precision(
     precision:str,  # "float32", "bfloat16" or "auto"
     device,         # where the network runs
     image_size:int, # height and width of the images
 ) -> str: # "float32" or "bfloat16"
-    "The kind of number for the network; auto asks the processor, and a CPU only for images of 32 and more."
-    if precision not in ("auto", "float32", "bfloat16"): raise ValueError(f"unknown precision {precision!r}: choose auto, float32 or bfloat16")
+    "The kind of number for the network; auto asks the processor, a CPU only for 32x32 and more."
+    require(precision in ("auto", "float32", "bfloat16"),
+            f"unknown precision {precision!r}: choose auto, float32 or bfloat16")
     if precision != "auto": return precision
     device = torch.device(device)
     if device.type == "cuda": fast = torch.cuda.get_device_capability(device)[0] >= 8
@@ -74,7 +80,7 @@ def pick_precision(
     return "bfloat16" if fast else "float32"
 
 class InPrecision(Wrapped):
-    "A network called in another kind of number: for sampling and bits/dim. What comes out is float32. (`train_step` has a context of its own.)"
+    "A network called in another kind of number, for sampling and bits/dim; it returns float32."
     def __init__(self,
         net,           # (x, t_model, **cond) -> out
         precision:str, # "float32" or "bfloat16"
@@ -94,14 +100,17 @@ def fast_network(
 ) -> nn.Module: # what is to be called
     "The same function, faster: laid out for the device, TF32 for what stays float32 there, compiled."
     cuda = torch.device(device).type == "cuda"
-    if compile not in ("auto", "off", "on", "graphs"): raise ValueError(f"unknown compile {compile!r}: choose auto, off, on or graphs")
-    if compile == "graphs" and not cuda: raise ValueError(f"CUDA graphs need a CUDA device, not {device}: choose compile on or off")
+    require(compile in ("auto", "off", "on", "graphs"),
+            f"unknown compile {compile!r}: choose auto, off, on or graphs")
+    require(cuda or compile != "graphs",
+            f"CUDA graphs need a CUDA device, not {device}: choose compile on or off")
     if cuda:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     net.to(memory_format=torch.channels_last if cuda else torch.contiguous_format)
     ask = wrap(net)
-    if compile in ("on", "graphs") or (compile == "auto" and cuda): ask.compile(mode="reduce-overhead" if compile == "graphs" else None)
+    if compile in ("on", "graphs") or (compile == "auto" and cuda):
+        ask.compile(mode="reduce-overhead" if compile == "graphs" else None)
     return ask
 
 # %% ../nbs/08e_speed.ipynb #b0a1de35
@@ -128,8 +137,8 @@ def fetched(ahead): # the next images that workers have made
     try: return next(ahead)
     except RuntimeError as e:
         if "worker" not in str(e): raise
-        sentence = ("a process that reads images ahead has died, most likely because memory ran out: "
-                    "go on with fewer of them, --workers 1 or 0")
+        sentence = ("a process that reads images ahead has died, most likely because memory ran "
+                    "out: go on with fewer of them, --workers 1 or 0")
         raise ChildProcessError(sentence) from e
 
 class Prefetch(Batches):

@@ -285,8 +285,7 @@ def read_all(
             return hashlib.sha256(data).digest(), *decoded(data, size, mode)
         except Exception as e: return None, f"{shown(path)} {trouble(e)}", ()
     r, bar = Read(paths), progress_bar(len(paths), "image", progress)
-    with bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with bar:
         for i, (mark, x, special) in enumerate(in_parallel(one, paths)):
             bar.update()
             if mark is None: r.broken.append(x)
@@ -303,8 +302,10 @@ def from_folder(
     progress:bool=False,   # draw a bar
 ) -> Images | Files:
     "All pictures below a folder, sorted by path."
-    found = listed(folder)
-    r = read_all(found.paths, size, mode, on_disk, progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # Pillow's: what matters is said below
+        found = listed(folder)
+        r = read_all(found.paths, size, mode, on_disk, progress)
     broken = [f"{shown(p)} cannot be opened" for p in found.shut] + r.broken
     bad = f"{many(len(broken), 'file')} of {len(found.paths)}: {'; '.join(broken[:20])}"
     bad += f"; and {len(broken) - 20} more" * (len(broken) > 20)

@@ -334,7 +334,7 @@ def in_its_folder(
     team = w.run.team
     def made():
         if team.rank: return None
-        folder = new_folder(Path(w.config.data.data).resolve().stem, out)
+        folder = new_folder(Path(w.config.data.data).resolve().stem.strip("."), out)
         hold.enter_context(alone_in(folder, fresh=True))
         return folder
     if old is None: w.folder = team.share(all_or_none(team, made))

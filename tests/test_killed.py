@@ -97,7 +97,7 @@ def test_killed_and_resumed(variant, site, tmp_path, monkeypatch):
         for _ in range(KILLS):
             kill(subprocess.Popen(start, env=env, stdout=log, stderr=log), killed, choose)
     said = (tmp_path / "log").read_text()
-    assert "Traceback" not in said and "another process" not in said, said[-2000:]
+    assert "iddpm_train:" not in said, said[-2000:]              # nothing was refused
     iddpm_train(again)
 
     ended, undisturbed = weights(killed, STEPS), weights(whole, STEPS)

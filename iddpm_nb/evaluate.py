@@ -67,6 +67,7 @@ class EvalOptions:
     # of samples that no run here has drawn: the images beside them are scaled and cropped to it
     image_size: int | None = None
     grey: bool = False        # such images are read in grey
+    skip_broken: bool = False # leave out files that cannot be read, as a training with it did
     weights: str = ""         # model, or ema_RATE; by default the run's first average
     preset: str | None = None # of an official checkpoint: which one, if its name does not say so
     seed: int = 0             # of noise and steps
@@ -194,7 +195,7 @@ def image_sets(o:EvalOptions, s:Subject, progress:bool) -> tuple:
     "Images to compare samples with; those for bits/dim, or None if none are held out; notes."
     data, was, (size, mode) = which_data(o, s), s.data["data"], read_as(o, s)
     how = {"root": s.data["root"], "mode": mode, "progress": progress,
-           "skip_broken": s.data.get("skip_broken", False)}
+           "skip_broken": o.skip_broken or s.data.get("skip_broken", False)}
     if named(data): return *open_sets(data, size if "mnist" in data else None, **how), ()
     d = dataclasses.replace(open_images(data, "all", size, **how), name=str(data))
     there = bool(was) and not named(was) and Path(data).resolve() == Path(was).resolve()
@@ -288,8 +289,8 @@ def ready(o:EvalOptions, s:Subject, ref, device) -> Features:
     "What looks at images. Whatever will be missed is missed before the sampling."
     fidelity()
     name = o.features or ("digits" if of_digits(o, s) else "inception")
-    mode = "L" if ref.images.shape[1] == 1 else "RGB"
-    features = get_features(name, device, s.data["root"], ref.images.shape[-1], mode, progress=True)
+    how = ref.images.shape[-1], "L" if ref.images.shape[1] == 1 else "RGB", True, o.skip_broken
+    features = get_features(name, device, s.data["root"], *how)
     width = extract(features, Images(ref.images[:2]), device=device)[0].shape[1]
     least = max(6 * o.pr, 2)
     require(len(ref) >= least, f"this needs at least {least} images to compare with, "
@@ -318,7 +319,7 @@ def draw_samples(o:EvalOptions, s:Subject, held, team) -> tuple[Images, dict]:
 
 def from_disk(o:EvalOptions, s:Subject, ref) -> Images:
     "Samples that lie there, of the same shape as the images beside them."
-    x = as_images(o.path, "L" if ref.images.shape[1] == 1 else "RGB")
+    x = as_images(o.path, "L" if ref.images.shape[1] == 1 else "RGB", o.skip_broken)
     (C, H, W), its = x.images.shape[1:], tuple(ref.images.shape[1:])
     how = f"--image-size {H}" + (" --grey" if C == 1 else "")
     mend = "" if s.about or H != W else f": with {how} these are read like them"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .checks import no_memory, require, shown
 from .data import TORCHVISION, Batches, Images, named, to_float, to_uint8
 from .files import checksum
-from .folders import load_images
+from .folders import open_images
 from .metrics import fidelity
 from .pictures import progress_bar
 from .sampling import evaluating
@@ -196,16 +196,16 @@ def get_features(
     name:str,       # "inception"; "digits" or a labelled set; a TorchScript .pt; "module:function"
     device="cpu", root:str="data",
     size=None, mode:str="RGB", # of image files to train a classifier with
-    progress:bool=False,
+    progress:bool=False, skip_broken:bool=False, # go on without files that cannot be read
 ) -> Features:
     "A feature network by name."
     path = Path(name)
     if name == "inception": return inception(device)
     if path.suffix in (".pt", ".pth", ".ts") and path.is_file(): return read_script(path, device)
     if not (name and (named(name) or path.exists())): return Features(shown(name), imported(name))
-    key = (name, str(device), root, size, mode)
+    key = (name, str(device), root, size, mode, skip_broken)
     if key not in TRAINED:
-        d = load_images(name, "train", size, root, mode)
+        d = open_images(name, "train", size, root, mode, False, skip_broken)
         called = shown(path.resolve().stem.lstrip(".") or name)
         TRAINED[key] = fit_classifier(d, called, device=device, progress=progress)
     return TRAINED[key]

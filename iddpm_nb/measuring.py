@@ -23,7 +23,7 @@ from .checks import require, shown
 from .data import Images, content, named, to_uint8
 from .features import Features, extract
 from .files import sweep, write
-from .folders import Files, load_images
+from .folders import Files, open_images
 from .metrics import fidelity, frechet, frechet_infinite, inception_score
 from .metrics import precision_recall, statistics
 
@@ -104,11 +104,14 @@ def from_tensor(x) -> Images:
 def as_images(
     x,              # `Images`, `Files`, a tensor (N,C,H,W), a folder, an .npz, a data set's name
     mode:str="RGB", # how image files are read: "RGB" or "L"
+    skip_broken:bool=False, # go on without files that cannot be read
 ) -> Images:
     "A set of images, as they would be stored."
     if isinstance(x, (Images, Files)): d = x
     elif not isinstance(x, (str, Path)): d = from_tensor(x)
-    else: d = load_images(str(x), "train" if named(str(x)) else "all", mode=mode)
+    else:
+        split = "train" if named(str(x)) else "all"
+        d = open_images(str(x), split, mode=mode, on_disk=False, skip_broken=skip_broken)
     require(len(d) > 1, f"a distribution needs at least 2 images, {shown(d.name)} has {len(d)}")
     return d
 

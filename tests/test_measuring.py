@@ -103,6 +103,17 @@ def test_held_out_stays_held_out_wherever_the_files_lie(home):
     assert record(home, "run --num-t 12 --device cpu --data else/where")["n"] == 39
 
 
+def test_broken_files(home):
+    there = home / "broken"
+    shutil.copytree(home / "pics" / "a", there)
+    (there / "bad.png").write_bytes(b"no picture")
+    for line in (f"run --num-t 12 --data {there} --device cpu", f"{there} --data pics {LOOK}",
+                 f"run/samples_12x3.npz --data {there} {LOOK}"):
+        said = ask(home, line, 1)
+        assert "bad.png" in said and "--skip-broken" in said
+        assert " 20 " in ask(home, line + " --skip-broken")
+
+
 def test_a_set_that_has_changed_is_said(home):
     Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(home / "pics" / "a" / "new.png")
     try: r = record(home, "run --num-t 12 --device cpu")
@@ -211,7 +222,9 @@ def test_features_that_are_kept(home):
     cache.mkdir()
     (cache / ".half.safetensors.1-ab.part").write_bytes(b"cut")
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5))
-    with warnings.catch_warnings(action="ignore"): torch.jit.script(net).save(home / "net.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(net).save(home / "net.pt")
     line = f"run/samples_12x3.npz --fid --features net.pt --device cpu --cache {cache}"
     first = record(home, line)
     kept, = cache.iterdir()

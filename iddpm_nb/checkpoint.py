@@ -148,6 +148,7 @@ class State(msgspec.Struct):
     rng: dict
     device: str
 
+AWAY = "move that checkpoint away to go on from the one before it"
 OPEN = {"lr", "fused", "foreach", "capturable", "differentiable"}   # settings that may be others
 
 def is_moment(name, v, p) -> bool: # could an optimizer keep v under this name for the parameter p?
@@ -171,7 +172,7 @@ def check_moments(
         fits = i in params and needs <= moments.keys()
         fits = fits and all(is_moment(k, v, params[i]) for k, v in moments.items())
         require(fits, "the checkpoint's optimizer should remember of each parameter numbers of its "
-                      f"shape and kind, and does not for parameter {shown(i)}")
+                      f"shape and kind, and does not for parameter {shown(i)}: {AWAY}")
 
 def check_state(
     run:Training, # a training
@@ -193,7 +194,7 @@ def check_state(
 # %% ../nbs/08a_checkpoints.ipynb #5fbd3aef
 def random_like(own, saved): # a saved random state, if it has the form of this one
     same = isinstance(saved, Tensor) and (saved.dtype, saved.shape) == (own.dtype, own.shape)
-    require(same, "the checkpoint's random state is cut short, or of another kind than here")
+    require(same, f"the checkpoint's random state is cut short, or of another kind: {AWAY}")
     return saved.clone()
 
 def restore_random(run, rng, device): # as far as another device or number of processes allows
@@ -365,14 +366,15 @@ def whole(
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError): return False
     except OSError as e:
         raise type(e)(f"{shown(e.filename or path)} cannot be read ({e.strerror}), and nothing was "
-                      "changed: make it readable, or move this checkpoint away to go on from the "
-                      "one before it") from e
+                      f"changed: make it readable, or {AWAY}") from e
 
 def restore(path, run, new_data=False): # put a training where a checkpoint has it, or not at all
     files = {path / "model.safetensors": run.net}
     files |= {path / ema_file(e.name): e.net for e in run.emas}
     state = read_state(path / "state.pt")
     check_state(run, state, path / "state.pt")
+    lacks = ", ".join(p.name for p in files if not p.is_file())
+    require(not lacks, f"{shown(path)} lacks {lacks}: {AWAY}", FileNotFoundError)
     for p, net in files.items(): check_weights(net, read_header(p)[0], p)
     weights = {p: read_model(p)[0] for p in files}
     restore_state(run, state, new_data, path / "state.pt")
@@ -392,5 +394,6 @@ def resume(
                 names = numbered(p.with_name(f".{p.name}.damaged"))
                 os.replace(p, next(n for n in names if not os.path.lexists(n)))
             return path
-        warnings.warn(f"{shown(path)} is damaged: going back to the one before", stacklevel=2)
+        warnings.warn(f"{shown(path)} is damaged, or not of the step in its name: going back to "
+                      "the one before", stacklevel=2)
         passed.append(path)

@@ -523,3 +523,10 @@ def test_other_optimizers_go_on_too(tmp_path, kind, how):
     for _ in range(2): step_by(run)
     save_checkpoint(tmp_path, run, {})
     assert resume(tmp_path, other) and torch.equal(step_by(other), step_by(run))
+
+
+def test_a_checkpoint_that_lost_its_average_says_so(tmp_path):
+    path = save_checkpoint(tmp_path, small(), {})
+    (path / "ema_0.9.safetensors").unlink()
+    renew(path)
+    assert "lacks ema_0.9" in one_sentence(lambda: resume(tmp_path, small()), FileNotFoundError)

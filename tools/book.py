@@ -45,14 +45,30 @@ def dead_links(path, nb):
         if not (path.parent / target.partition("#")[0]).exists(): yield f"a link leads to {target}"
 
 
+def neighbours(nb):
+    "The chapters before and after, as the last cell names them."
+    last = nb.cells[-1].source
+    return [re.search(rf"{word} \[[^]]+\]\(([^)]+)\)", last) for word in ("Back to", "on to")]
+
+
+def broken_chain(books):
+    "Where 'Back to' and 'on to' of two chapters do not agree."
+    steps = {p.name: [m and m[1] for m in neighbours(nb)] for p, nb in books.items()}
+    for name, (before, after) in steps.items():
+        if after in steps and after != "index.ipynb" and steps[after][0] != name:
+            yield f"{name}: it leads on to {after}, which leads back to {steps[after][0]}"
+        if before in steps and before != "index.ipynb" and steps[before][1] != name:
+            yield f"{name}: it leads back to {before}, which leads on to {steps[before][1]}"
+
+
 def main():
-    bad, links = [], 0
-    for path in notebooks():
-        nb = nbformat.read(path, 4)
+    books = {path: nbformat.read(path, 4) for path in notebooks()}
+    bad, links = list(broken_chain(books)), 0
+    for path, nb in books.items():
         found = [*faults(path, nb), *dead_links(path, nb)]
         bad += [f"{path.relative_to(NBS)}: {fault}" for fault in found]
         links += sum(c.source.count(".ipynb)") for c in nb.cells if c.cell_type == "markdown")
-    print("\n".join(bad) or f"{len(notebooks())} notebooks, {links} links between them")
+    print("\n".join(bad) or f"{len(books)} notebooks, {links} links between them")
     sys.exit(bool(bad))
 
 

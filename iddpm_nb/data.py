@@ -143,6 +143,8 @@ def read_npz(
     wanted,    # names of arrays
 ) -> tuple[dict, list]: # those that are there; the names of all
     "Arrays from an `.npz`; nothing in it is unpickled, and nothing is read that is too large."
+    plain = Path(path).is_file() or not Path(path).exists()
+    require(plain, f"{shown(path)} is no ordinary file")        # a reader of a pipe waits for ever
     try:
         with np.load(path, allow_pickle=False) as f:
             sizes = {k: f.zip.getinfo(f"{k}.npy").file_size for k in wanted if k in f.files}

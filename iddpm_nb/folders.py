@@ -334,7 +334,7 @@ def open_whole(
     p = Path(data)
     if p.is_dir(): return from_folder(p, size, mode, on_disk, skip_broken, progress)
     what = "is no such file" if not p.exists() else "is neither a folder nor an .npz"
-    require(p.exists() and str(p).lower().endswith(".npz"), f"unknown data {shown(data)!r}, which "
+    require(p.exists() and str(p).lower().endswith(".npz"), f"unknown data '{shown(data)}', which "
             f"{what}: give digits, {', '.join(TORCHVISION)}, a folder of images, or an .npz file")
     on_folder(on_disk, data)
     d = from_npz(p)

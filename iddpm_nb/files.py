@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .checks import require
+from .checks import shown
 
 try: import fcntl
 except ImportError: fcntl = None   # Windows, where a file that is open cannot be deleted anyway
@@ -76,7 +76,7 @@ def sweep(
 # %% ../nbs/08a0_files.ipynb #a9ddff95
 @contextmanager
 def lock(
-    path:Path, # a file that stands for what is occupied; it is made, and means nothing when nobody holds it
+    path:Path, # a file that stands for what is occupied; nobody holds it, nothing is occupied
     busy:str,  # what the user reads if somebody else is there
 ) -> Iterator[None]:
     "Nobody else may enter as long as this lasts. A killed process holds nothing."
@@ -93,7 +93,7 @@ def reserved(
     paths:Iterable[Path], # in the order of preference
     suffixes=(),          # of further files beside it, such as ".npz", that have to be free too
 ) -> Iterator[Path]: # the first that is free
-    "A path that is neither there nor about to be written by another process; it stays so as long as this lasts."
+    "A path that is not there, and that no other process is about to write, as long as this lasts."
     for path in map(Path, paths):
         claim = path.with_name(f".{path.name[:40]}.claim")
         wanted = [path, *(path.with_suffix(s) for s in suffixes)]
@@ -101,13 +101,14 @@ def reserved(
         try: held.acquire(timeout=0)
         except Timeout: continue
         try:
-            if not any(os.path.lexists(p) for p in wanted) and claim.exists():
+            if not any(os.path.lexists(p) for p in wanted):
                 yield path
                 return
         finally:
             with suppress(OSError): claim.unlink()
             held.release()
-    raise FileExistsError(f"{path} is taken, or another process is about to write it: choose another name")
+    raise FileExistsError(f"{shown(path)} is taken, or another process is about to write it: "
+                          "choose another name")
 
 def numbered(
     path:Path, # wanted

@@ -105,6 +105,9 @@ def task_of(scale:Scale, c:Config, folder:Path, device, progress:bool) -> Task:
     features = get_features(scale.features, device, c.data.root, c.data.image_size, mode)
     model = trained(c, folder, device, progress)       # what is missing was missed before
     d, held = open_sets(c.data.data, *reading(c))
+    require(model.config.get("content") in (None, d.whole), f"{shown(folder.resolve())} was "
+            f"trained on other images than {shown(c.data.data)} holds now: restore them, or choose "
+            "another --runs and --out")
     ref = reference(d, features, folder.parent / "features", device=device)
     return Task(model, held, features, ref, c.train.seed, **scale.budget)
 

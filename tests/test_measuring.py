@@ -166,7 +166,7 @@ EDGES = ["--n 0", "--n -3", "--chunk 0", "--chunk -1", "--num-t 0", "--num-t 5",
          "--method ddim --eta nan", "--method euler", "--variance none", "--device meta",
          "--device nowhere", "--out=", "--cache=", "--features=", "--data=", "--against=",
          "--out nowhere/a.json", "--image-size 8", "--grey --image-size -1", "--infinite",
-         "--against drawn.png", "--against pics", "--data run/config.json", "--weights other"]
+         "--fid --features digits", "--data digits", "--against drawn.png", "--against pics", "--data run/config.json", "--weights other"]
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -174,6 +174,7 @@ def test_options_at_their_edges(home, edge):
     device = "" if "--device" in edge else "--device cpu"
     said = ask(home, f"run {edge} {device}", 1)
     assert "bits/dim" not in said.replace("not for bits/dim", ""), said
+    assert "--image-size" in edge or "leave --image-size" not in said, said      # nobody gave it
 
 
 def test_more_steps_than_there_are_means_all(home):
@@ -297,6 +298,13 @@ def test_a_folder_that_is_no_run(tmp_path, name):
     said = ask(tmp_path, ROW, 1, iddpm_tables)
     assert "cosine-120-hybrid-0" in said and "--resume" not in said
     assert (folder / name).read_text() == "[1]"
+
+
+def test_a_line_that_was_trained_on_other_images(tmp_path):
+    model = mock.Mock(config={"content": "of others"})
+    with mock.patch.multiple(tables, trained=mock.Mock(return_value=model), get_features=mock.DEFAULT):
+        said = ask(tmp_path, ROW, 1, iddpm_tables)
+    assert "other images than digits" in said and "cosine-120-hybrid-0" in said
 
 
 @pytest.mark.parametrize("edge", ["--seeds ٣", "--seeds=", "--seeds 4294967296", "--seeds 1,,2",

@@ -22,14 +22,15 @@ from .train import Alone, Training
 
 # %% ../nbs/08b_scaling_out.ipynb #b78cd44d
 class Team:
-    "The processes that torchrun started, and this one's place among them: the methods of `train.Alone`. Every call is one that all processes make."
+    "The processes that torchrun started: the methods of `train.Alone`. All make every call."
     def __init__(self,
         device, # where this process computes: its own GPU, or the CPU
     ):
-        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), torch.device(device)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(device)
 
     def wrap(self, net:nn.Module) -> nn.Module:
-        "The network, made to average its gradients over the team in every backward pass. It starts with the weights of the first process."
+        "The network, made to average its gradients; it starts with the first process's weights."
         own = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(net, device_ids=own, gradient_as_bucket_view=True)
 
@@ -53,12 +54,16 @@ class Team:
 def seat(
     device=None, # "cuda" or "cpu"; None: GPUs if there are any
 ) -> torch.device:
-    "Where this one of several processes computes: the GPU of its number on this machine, or the CPU."
+    "Where this process computes: the GPU of its number on this machine, or the CPU."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu": return device
-    if device.type != "cuda" or device.index is not None: raise ValueError(f"several processes cannot all use {str(device)!r}: say cuda, and each takes the GPU of its own number, or cpu")
+    require(device.type == "cuda" and device.index is None,
+            f"several processes cannot all use {str(device)!r}: say cuda, "
+            "and each takes the GPU of its own number, or cpu")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if here > gpus: raise ValueError(f"{here} processes were started on a machine with {gpus} GPUs, and each needs its own: use " + (f"--nproc_per_node={gpus}" if gpus else "--device cpu"))
+    use = f"--nproc_per_node={gpus}" if gpus else "--device cpu"
+    require(here <= gpus, f"{here} processes were started on a machine with {gpus} GPUs, "
+            f"and each needs its own: use {use}")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 TEAMS = itertools.count()   # that this process has been in
@@ -69,44 +74,63 @@ def meet(
 ):
     "Find the other processes."
     cuda, e, wait = device.type == "cuda", os.environ, timedelta(minutes=minutes)
-    if "RANK" not in e: raise ValueError(f"the environment says WORLD_SIZE={e['WORLD_SIZE']}, but not which of them this process is: start it with torchrun, or unset WORLD_SIZE")
+    require("RANK" in e, f"the environment says WORLD_SIZE={e['WORLD_SIZE']}, but not which of "
+            "them this process is: start it with torchrun, or unset WORLD_SIZE")
     if cuda: torch.cuda.set_device(device)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(f"team {next(TEAMS)}", store)                # a second team does not read what the first has left
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=wait, device_id=device if cuda else None)
+        store = dist.PrefixStore(f"team {next(TEAMS)}", store)   # apart from what earlier ones left
+        own = dict(store=store, rank=rank, world_size=size, timeout=wait)
+        if cuda: dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **own)
+        else: dist.init_process_group("gloo", **own)
     except (RuntimeError, ValueError) as error:
-        raise OSError(f"process {e['RANK']} of {e['WORLD_SIZE']} found no way to the others at {e.get('MASTER_ADDR')}:{e.get('MASTER_PORT')}: was torchrun started on every machine with the same --rdzv-endpoint, and is that port open? ({str(error).partition('. ')[0]})") from error
+        where = f"{e.get('MASTER_ADDR')}:{e.get('MASTER_PORT')}"
+        raise OSError(
+            f"process {e['RANK']} of {e['WORLD_SIZE']} found no way to the others at {where}: "
+            "was torchrun started on every machine with the same --rdzv-endpoint, "
+            f"and is that port open? ({str(error).partition('. ')[0]})") from error
 
 @contextmanager
 def join(
     device=None,        # see `seat`
     minutes:float=30.0, # how long a process waits for the others before it gives up
 ) -> Iterator: # `Team`, or `Alone`
-    "The team that torchrun started, left at the end. One process, with torchrun or without, never initialises distribution."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield Alone(); return
+    "The team that torchrun started, left at the end. One process never initialises distribution."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Alone()
+        return
     meet(device := seat(device), minutes)
     try: yield Team(device)
-    except KeyboardInterrupt: dist.destroy_process_group(); raise      # all stop together
+    except KeyboardInterrupt:                # all stop together
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
-        if "gloo" not in str(error): raise                             # whoever fails dies at once, and torchrun ends the others
-        raise OSError(f"process {dist.get_rank()} has lost the others: one of them has ended, or was silent for {minutes:g} minutes; what it said before tells why. Continue from the last checkpoint with --resume") from error
+        if "gloo" not in str(error): raise   # whoever fails dies at once; torchrun ends the others
+        raise OSError(
+            f"process {dist.get_rank()} has lost the others: one of them has ended, or was silent "
+            f"for {minutes:g} minutes; what it said before tells why. "
+            "Continue from the last checkpoint with --resume") from error
     else: dist.destroy_process_group()
 
 # %% ../nbs/08b_scaling_out.ipynb #80fb6580
 def fingerprint(
     net:nn.Module, # a network
 ) -> Tensor: # int64 (1,K), a number for each of its K tensors
-    "The sum of all bit patterns, tensor by tensor: equal for equal weights, and hardly ever for others."
-    return torch.stack([x.detach().flatten().view(torch.int16).sum(dtype=torch.int64) for x in net.state_dict().values()])[None]
+    "The sum of all bit patterns, tensor by tensor: equal for equal weights, hardly for others."
+    bits = [x.detach().flatten().view(torch.int16) for x in net.state_dict().values()]
+    return torch.stack([x.sum(dtype=torch.int64) for x in bits])[None]
 
 def check_agreement(
     run:Training, # a training
 ):
-    "One sentence if the processes of a team do not hold the same bits in the weights and all averages. All processes ask."
-    for name, net in {"weights": run.net, **{f"average {e.name}": e.net for e in run.emas}}.items():
+    "One sentence if processes hold other bits in the weights or in an average. All of them ask."
+    averages = {f"average {e.name}": e.net for e in run.emas}
+    for name, net in ({"weights": run.net} | averages).items():
         prints = run.team.gather(fingerprint(net))
-        if (prints != prints[0]).any(): raise ValueError(f"the processes disagree about the {name} after step {run.step}: they have not seen the same numbers, and what they hold is of no use; resume from the last checkpoint")
+        require((prints == prints[0]).all(),
+                f"the processes disagree about the {name} after step {run.step}: they have not "
+                "seen the same numbers, and what they hold is of no use; "
+                "resume from the last checkpoint")
 
 # %% ../nbs/08b_scaling_out.ipynb #6cffefaf
 def everyone(

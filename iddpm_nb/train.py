@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
+from .checks import require
 from .forward import Schedule, model_time, q_sample
 from .losses import l_hybrid, l_simple, l_vlb
 
@@ -36,8 +37,10 @@ def autocast(
 ):
     "The context in which the network is called; the mathematics around it stays float32."
     kind = torch.device(device).type
-    if precision not in ("auto", "float32", "bfloat16"): raise ValueError(f"unknown precision {precision!r}: choose auto, float32 or bfloat16")
-    bf16 = precision == "bfloat16" or (precision == "auto" and kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8)    # older ones emulate it, slowly
+    require(precision in ("auto", "float32", "bfloat16"),
+            f"unknown precision {precision!r}: choose auto, float32 or bfloat16")
+    def fast(): return kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    bf16 = precision == "bfloat16" or precision == "auto" and fast()     # older ones emulate it
     return torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext()
 
 # %% ../nbs/08_training.ipynb #d519040b
@@ -46,10 +49,11 @@ def portions(
     B:int,    # images in the batch
     micro:int|None, # images a portion; None: all at once
 ) -> Iterator[slice]: # their places in the batch
-    "A batch in portions. A network spread over processes exchanges gradients once, with the last portion."
+    "A batch in portions. A network spread over processes exchanges gradients once, with the last."
     for a in range(0, B, micro or B):
         last = a + (micro or B) >= B
-        with nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync(): yield slice(a, a + (micro or B))
+        with nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+            yield slice(a, a + (micro or B))
 
 def train_step(
     net:nn.Module,     # the network
@@ -65,12 +69,13 @@ def train_step(
     lam:float=0.001,   # see `objective`
     micro:int|None=None, # images at a time, to save memory; None: all
     clip:float|None=None, # scale a longer gradient down to this length; None: never
-) -> tuple[Tensor, Tensor]: # the losses before weighting, detached, (B,); the length of the gradient, ()
+) -> tuple[Tensor, Tensor]: # losses before weighting, detached, (B,); length of the gradient, ()
     "Noise a batch, ask the network, form the loss, take one step."
     opt.zero_grad(set_to_none=True)
     xt, losses = q_sample(s, x0, t, eps), []
     for i in portions(net, len(x0), micro):
-        with autocast(x0.device, precision): out = net(xt[i], model_time(s, t[i]), **{k: v[i] for k, v in (cond or {}).items()})
+        told = {k: v[i] for k, v in (cond or {}).items()}
+        with autocast(x0.device, precision): out = net(xt[i], model_time(s, t[i]), **told)
         losses.append(objective(loss, s, out.float(), x0[i], xt[i], t[i], eps[i], lam))
         ((losses[-1] * weights[i]).sum() / len(x0)).backward()
     length = nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf)
@@ -86,18 +91,18 @@ def ema_keep(
     "Share of the old average that update i keeps: with warm-up min(rate, (1 + i)/(10 + i))."
     return min(rate, (1 + i) / (10 + i)) if warmup else rate
 
-def ema_name(rate, warmup=True): return f"{rate}" if warmup else f"{rate}_plain"    # in files and checkpoints
+def ema_name(rate, warmup=True): return f"{rate}" if warmup else f"{rate}_plain"    # in files
 
 class EMA:
-    "A running average of a network's weights, as a network of its own: `.net`. Its `.name` is the rate, marked if there is no warm-up."
+    "A running average of a network's weights, `.net`. Its `.name` tells rate and lack of warm-up."
     def __init__(self,
         net:nn.Module,      # the network in training
         rate:float=0.9999,  # share of the old average that a step keeps
-        warmup:bool=True,   # keep less at first, so that the random start is soon forgotten: see `ema_keep`
+        warmup:bool=True,   # keep less at first: see `ema_keep`
     ):
-        if not 0 <= rate < 1: raise ValueError(f"the rate of an average must lie in [0, 1), got {rate}")
-        self.net, self.rate, self.warmup, self.step = copy.deepcopy(net).eval().requires_grad_(False), rate, warmup, 0
-        self.name = ema_name(rate, warmup)
+        require(0 <= rate < 1, f"the rate of an average must lie in [0, 1), got {rate}")
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.rate, self.warmup, self.step, self.name = rate, warmup, 0, ema_name(rate, warmup)
 
     @torch.no_grad()
     def update(self, net):
@@ -136,7 +141,8 @@ class Training:
     opt: torch.optim.Optimizer # its optimizer
     emas: list                 # of `EMA`
     sampler: object            # draws t: `UniformSampler` or `LossSecondMomentSampler`
-    batches: object            # an iterator of (x0, labels or a dict of conditions or None) with state_dict, such as `Batches`
+    batches: object            # an iterator with state_dict, such as `Batches`, of (x0, y):
+                               # y are labels, a dict of conditions, or None
     generator: torch.Generator # of t and noise, on the network's device
     step: int = 0              # steps done
     seconds: float = 0.0       # spent on them, over all sessions
@@ -154,14 +160,17 @@ def start_training(
     seed:int=0,        # of t, noise and dropout
     team=Alone(),      # the processes that train together
 ) -> Training:
-    "A network before its first step. torch's own generator is seeded too: dropout draws from it, in every process other numbers."
+    "A network before its first step. torch's own generator, of dropout, is seeded too."
     for rates in (ema_rates, plain_rates):
-        if len(set(rates)) < len(rates): raise ValueError(f"two averages of the same rate would be the same: {rates}")
-    torch.manual_seed(seed + 1 + 1000 * team.rank)     # what dropout draws is not to be what t and noise are drawn from
+        require(len(set(rates)) == len(rates),
+                f"two averages of the same rate would be the same: {rates}")
+    torch.manual_seed(seed + 1 + 1000 * team.rank)     # not what t and noise are drawn from
     device = next(net.parameters()).device
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
-    emas = [EMA(net, r, warm) for warm, rates in ((True, ema_rates), (False, plain_rates)) for r in rates]
-    return Training(net, opt, emas, sampler, batches, torch.Generator(device).manual_seed(seed), team=team)
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay,
+                            fused=device.type in ("cpu", "cuda"))
+    emas = [EMA(net, r) for r in ema_rates] + [EMA(net, r, False) for r in plain_rates]
+    g = torch.Generator(device).manual_seed(seed)
+    return Training(net, opt, emas, sampler, batches, g, team=team)
 
 # %% ../nbs/08_training.ipynb #ebe3ac0e
 def same_layout(

@@ -32,21 +32,23 @@ def check_finite(
     for m, (mean, norm) in zip(seen, numbers):
         if math.isfinite(mean) and math.isfinite(norm): continue
         bad = ", ".join(map(str, m["t"][~m["losses"].isfinite()].unique().tolist()[:8]))
-        what = "gradient" if math.isfinite(mean) else "loss"
-        raise FloatingPointError(f"the {what} is not finite at step {m['step']}{', t = ' + bad if bad else ''}")
+        what, at = "gradient" if math.isfinite(mean) else "loss", f", t = {bad}" if bad else ""
+        raise FloatingPointError(f"the {what} is not finite at step {m['step']}{at}")
 
 def read_metrics(
     seen:list, # metrics of `train`, one dict per step
 ) -> dict: # loss, quarters (which add up to it) and grad_norm, means over these steps
-    "Read a few numbers off the device, the one moment at which a GPU is waited for. The first that is not finite is an error."
+    "Read a few numbers off the device, the one moment at which a GPU is waited for."
     parts = [m["losses"] * m["weights"] for m in seen]
-    quarter = torch.cat([m["t"] * 4 // m["T"] for m in seen])
-    share = torch.zeros(4, device=quarter.device).index_add_(0, quarter, torch.cat(parts)) / len(quarter)
-    means, norms = torch.stack([p.mean() for p in parts]), torch.stack([m["grad_norm"] for m in seen])
+    quarter, part = torch.cat([m["t"] * 4 // m["T"] for m in seen]), torch.cat(parts)
+    share = torch.zeros(4, device=quarter.device).index_add_(0, quarter, part) / len(quarter)
+    means = torch.stack([p.mean() for p in parts])
+    norms = torch.stack([m["grad_norm"] for m in seen])
     numbers = torch.cat([means, norms, share]).tolist()
     n = len(seen)
     check_finite(seen, list(zip(numbers[:n], numbers[n:2 * n])))
-    return {"loss": sum(numbers[:n]) / n, "quarters": numbers[2 * n:], "grad_norm": sum(numbers[n:2 * n]) / n}
+    return {"loss": sum(numbers[:n]) / n, "quarters": numbers[2 * n:],
+            "grad_norm": sum(numbers[n:2 * n]) / n}
 
 # %% ../nbs/08d_watching.ipynb #c9b5e402
 def watch(
@@ -55,8 +57,8 @@ def watch(
     every:int=50,           # read every so many steps
     start:int=0,            # steps already done
     progress:bool=True,     # draw a bar with loss, images/s and time left
-) -> Iterator[dict]: # each step's metrics; to every so many are joined those of `read_metrics`, and "images_per_s"
-    "Follow a training loop: show it, average its losses, and stop it at the first that is not finite."
+) -> Iterator[dict]: # each step's metrics; to every so many are joined a reading and "images_per_s"
+    "Follow a training loop: show it, read it, and stop it at the first loss that is not finite."
     seen, clock = [], time.perf_counter()
     with progress_bar(steps, "step", progress, start) as bar:
         for m in metrics:
@@ -65,8 +67,10 @@ def watch(
                 numbers, images = read_metrics(seen), sum(len(x["t"]) for x in seen)
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 m = m | numbers | {"images_per_s": images / seconds}
-                bar.set_postfix_str(f"loss {m['loss']:.4f}, {m['images_per_s']:.0f} images/s", refresh=False)
-                bar.update(len(seen)); seen = []
+                said = f"loss {m['loss']:.4f}, {m['images_per_s']:.0f} images/s"
+                bar.set_postfix_str(said, refresh=False)
+                bar.update(len(seen))
+                seen = []
             yield m
 
 # %% ../nbs/08d_watching.ipynb #ed380b01

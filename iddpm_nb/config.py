@@ -221,7 +221,7 @@ def fit_model(
     channels = m.channels or math.ceil(usual["channels"] / unit) * unit
     most = 32 if channels >= 128 else 8
     found = dict(channels=channels, mult=mult, num_res_blocks=usual["num_res_blocks"],
-                 attn_resolutions=attended([size // 2**i for i in range(len(mult))]),
+                 attn_resolutions=attended([size >> i for i in range(len(mult)) if size >> i]),
                  num_heads=divisor(channels, 4), groups=divisor(channels, min(channels // 4, most)))
     return fill(m, found)
 

@@ -170,6 +170,10 @@ BAD_TRAININGS = [
 ]
 
 
+def test_too_many_levels_are_called_that():
+    assert "cannot be halved 4 times" in refused(iddpm_train, "--mult", 1, 2, 2, 2, 2)
+
+
 @pytest.mark.parametrize("line", BAD_TRAININGS)
 def test_training_refuses_in_a_sentence(line):
     refused(iddpm_train, *line.split(" "))

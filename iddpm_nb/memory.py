@@ -154,9 +154,9 @@ def fit_memory(
     if need <= free: return asked, ""
     said = (f"this training needs about {gigabytes(need)} of memory on {device}, "
             f"where {gigabytes(free)} are free")
-    fits = fitting(about, device, processes, free)
-    if fits and asked is None: return fits, f"{said}: it goes in portions, with --micro {fits}"
-    way = (f"--micro {fits} fits, and learns the same" if fits else "not even one image at a time "
+    some = fitting(about, device, processes, free)
+    if some and asked is None: return some, f"{said}: it goes in portions, with --micro {some}"
+    way = (f"--micro {some} fits, and learns the same" if some else "not even one image at a time "
            "fits: choose fewer --channels, a smaller --mult or --image-size")
     require(need <= 2 * free, f"{said}; {way}")
     return asked, f"{said}; {way}"

@@ -12,8 +12,8 @@ from iddpm_nb import memory
 from iddpm_nb.bundle import load
 from iddpm_nb.checks import typed
 from iddpm_nb.cli import iddpm_train
-from iddpm_nb.config import Config, DataConfig, ModelConfig, TrainConfig, fit
-from iddpm_nb.data import Images, shipped
+from iddpm_nb.config import Config, DataConfig, ModelConfig, TrainConfig, describe, fit
+from iddpm_nb.data import Images, digits, shipped
 from iddpm_nb.run import saved_config, train_run
 from PIL import Image
 from safetensors import safe_open
@@ -145,6 +145,17 @@ def test_older_checkpoints_load(tmp_path):
         return about | {"network": network}
     x = load(changed(older, tmp_path)).sample(2, steps=2)
     assert torch.equal(x, load(MODEL).sample(2, steps=2))
+
+
+def test_the_shipped_model_is_what_plain_defaults_describe():
+    its, now = load(MODEL).config, json.loads(json.dumps(describe(Config(), digits())))
+    machine = ("precision", "threads", "on_disk")            # decided by the machine, and kept
+    for about in its, now:
+        about["run"] = {part: {k: v for k, v in fields.items() if k not in machine}
+                        for part, fields in about["run"].items()}
+    now["run"]["data"].pop("skip_broken")                    # younger than the model
+    keys = "network", "schedule", "averages", "variance", "shape", "classes", "run"
+    assert {k: its[k] for k in keys} == {k: now[k] for k in keys}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from .checks import require, shown
 
@@ -25,16 +25,6 @@ def kinds() -> tuple:
     "The kinds of pictures that are read: of `KINDS` those that this Pillow knows."
     Image.init()
     return tuple(k for k in KINDS if k in Image.OPEN)
-
-def ends(
-    im:Image.Image, # just opened
-) -> tuple | None: # numbers; None: there is no such scale
-    "What is black and what is white in a grey picture of more than 8 bits."
-    known = im.mode.startswith("I;16") or im.mode == "I" and im.format in ("PNG", "PPM")
-    if not known: return None
-    both = 0, 4095 if "I;12" in str(im.tile) else 65535
-    from_white = getattr(im, "tag_v2", {}).get(262) == 0         # so a TIFF may count
-    return both[::-1] if from_white else both
 
 # %% ../nbs/00c0_reading.ipynb #fc000012
 def on_paper(
@@ -56,19 +46,34 @@ def on_paper(
     paper = Image.new("RGBA", im.size, "white")
     return Image.alpha_composite(paper, im.convert("RGBA")).convert("RGB")
 
-# %% ../nbs/00c0_reading.ipynb #fc000013
+# %% ../nbs/00c0_reading.ipynb #fc000064
+FROM_WHITE = 0                                # the note's value in a TIFF where 0 is white
+
+def ends(
+    im:Image.Image, # just opened
+) -> tuple | None: # numbers; None: there is no such scale
+    "What is black and what is white in a grey picture of more than 8 bits."
+    known = im.mode.startswith("I;16") or im.mode == "I" and im.format in ("PNG", "PPM")
+    if not known: return None
+    white = 4095 if "I;12" in str(im.tile) else 65535
+    note = getattr(im, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation)
+    return (white, 0) if note == FROM_WHITE else (0, white)
+
+# %% ../nbs/00c0_reading.ipynb #fc000067
 def fitted(
     im:Image.Image, # "RGB" or "L"
-    size:int|None,  # scaled so that its short side is `size`, then cropped to a square
+    size:int|None,  # of the short side when scaled, then of a square from the middle
 ) -> Tensor: # uint8 (C,H,W)
     "A picture as a tensor."
     if size and im.size != (size, size):
-        how = Image.Resampling.BICUBIC if min(im.size) < size else Image.Resampling.BOX
+        smaller = min(im.size) >= size
+        how = Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC
         im = ImageOps.fit(im, (size, size), how)
     x = torch.from_numpy(np.array(im))
     return x[None] if x.ndim == 2 else x.permute(2, 0, 1).contiguous()
 
-DEEP = "with 16 bits a colour: they are read with 8"
+# %% ../nbs/00c0_reading.ipynb #fc000013
+DEEP = "with more than 8 bits a number: they are read with 8"
 MOVING = "with several images: the first is read"
 CLEAR = "with transparent places: they are read as on white paper"
 
@@ -80,8 +85,10 @@ def decoded(
     "The picture in a file."
     im = Image.open(io.BytesIO(data), formats=kinds())
     scale, special = ends(im), []
-    if ";16" in str(im.tile) or scale: special.append(DEEP)
-    if im.format != "MPO" and getattr(im, "is_animated", False): special.append(MOVING)
+    deep = ";16" in str(im.tile)                  # 16 bits a number; `load` empties `tile`
+    if deep or scale: special.append(DEEP)
+    views = im.format == "MPO"                    # of one photograph
+    if getattr(im, "is_animated", False) and not views: special.append(MOVING)
     im.load()
     if im.has_transparency_data: special.append(CLEAR)
     try: im = ImageOps.exif_transpose(im)

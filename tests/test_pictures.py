@@ -300,7 +300,7 @@ def every_mode(d):
         im.save(d / f"{mode}.tif")
     (d / "deep.png").write_bytes(png(4, 4, 16, 2, bytes(24)))
     n, _, notes = opened(d)
-    assert n == 10 and "1 picture with 16 bits a colour" in notes
+    assert n == 10 and "1 picture with more than 8 bits a number" in notes
 
 
 @animal

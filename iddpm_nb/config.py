@@ -165,7 +165,7 @@ def square(
     C, H, W = d.images.shape[1:]
     require(C in (1, 3), f"images must have 1 or 3 channels, these have {C}")
     require(H == W, f"images must be square, these are {H}x{W}: --image-size scales and crops "
-                    "those of a folder, those of an .npz must be square already")
+                    "those of a folder or of an .npz")
     require(H <= 4096, f"images of {H}x{H} are too large: 4096x4096 is the most")
     return H
 

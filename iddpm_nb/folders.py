@@ -32,7 +32,7 @@ SYSTEM = {"@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "
           "System Volume Information", "lost+found", "__MACOSX", "__pycache__"}
 OWN, SHUT, TWICE, ODD, HIDDEN = "run", "shut", "twice", "odd", "hidden"
 
-def is_run(
+def trained_in(
     names:set, # of what is in a folder
 ) -> bool:
     "Has this package trained there?"
@@ -54,6 +54,7 @@ def look(
         else: passed[ODD].append(Path(e.path))
     return folders, files
 
+# %% ../nbs/00c_folders.ipynb #fd000080
 def below(
     folder:Path,
 ) -> tuple[list, dict]: # files; what was passed over, by reason
@@ -64,7 +65,7 @@ def below(
         try:
             mark, names = os.stat(here), set(os.listdir(here))
             again = (mark.st_dev, mark.st_ino) in seen
-            made = here != Path(folder) and is_run(names)
+            made = here != Path(folder) and trained_in(names)
             if again or made: passed[TWICE if again else OWN].append(here)
             else:
                 inside, mine = look(here, passed)
@@ -108,17 +109,17 @@ def is_picture(
     except Exception: return False
 
 def many(n:int, what:str) -> str: # "1 file", "2 files"
-    return f"{n} {what}{'s' * (n != 1)}"
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 def counted(
     paths, # of files
 ) -> str: # "3 .txt, 1 without a suffix"
     "Files by kind."
-    kinds = Counter(p.suffix.lower() or "without a suffix" for p in paths)
-    return few([f"{n} {kind}" for kind, n in kinds.most_common()])
+    each = Counter(p.suffix.lower() or "without a suffix" for p in paths)
+    return few([f"{n} {suffix}" for suffix, n in each.most_common()])
 
 # %% ../nbs/00c_folders.ipynb #fd000023
-PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 def left_out(
     folder:Path,
@@ -147,7 +148,7 @@ def strange(
     if alone and used:
         notes.append(f"{alone} of {len(tops)} pictures in no folder, beside {few(used)}: so these "
                      "folders are not taken for classes")
-    if not alone and len(used) > 1 and {t.lower() for t in used} <= PARTS:
+    if not alone and len(used) > 1 and {t.lower() for t in used} <= SPLITS:
         notes.append(f"the classes are {few(used)}: if these are parts of a set, name one of them "
                      "as the data")
     return tuple(notes)
@@ -240,6 +241,7 @@ def in_parallel(
             if len(ahead) > 3 * threads: yield ahead.popleft().result()
         while ahead: yield ahead.popleft().result()
 
+# %% ../nbs/00c_folders.ipynb #fd000084
 @dataclass
 class Read:
     "What came of reading many files."
@@ -264,8 +266,9 @@ def take_in(
         stay = not fits(n, "cpu") if on_disk is None else on_disk
         if not stay: r.x = torch.empty(len(r.paths), *x.shape, dtype=torch.uint8)
     (_, h, w), (_, H, W) = x.shape, r.one
-    require(x.shape == r.one, f"{shown(r.paths[i])} has {h}x{w} pixels, but the first picture has "
-            f"{H}x{W}: give --image-size to scale and crop them all")
+    require(x.shape == r.one,
+            f"{shown(r.paths[i])} has {h}x{w} pixels, but the first picture has {H}x{W}: "
+            "give --image-size to scale and crop them all")
     if r.x is not None: r.x[len(r.good)] = x
     r.good.append(i)
     r.sums.append(mark)
@@ -292,6 +295,20 @@ def read_all(
             else: take_in(r, i, mark, x, special, on_disk)
     return r
 
+# %% ../nbs/00c_folders.ipynb #fd000085
+def unread(
+    found:Found,
+    r:Read, # of its pictures
+) -> str: # "" if there are none
+    "Which files and folders cannot be read."
+    parts = [f"{shown(p)} cannot be opened" for p in found.shut] + r.broken
+    what = []
+    if r.broken: what.append(f"{many(len(r.broken), 'file')} of {len(found.paths)}")
+    if found.shut: what.append(many(len(found.shut), "folder"))
+    if not what: return ""
+    text = f"{' and '.join(what)}: {'; '.join(parts[:20])}"
+    return text if len(parts) <= 20 else f"{text}; and {len(parts) - 20} more"
+
 # %% ../nbs/00c_folders.ipynb #fd000034
 def from_folder(
     folder:Path,           # as for `listed`
@@ -306,14 +323,13 @@ def from_folder(
         warnings.simplefilter("ignore")         # Pillow's: what matters is said below
         found = listed(folder)
         r = read_all(found.paths, size, mode, on_disk, progress)
-    broken = [f"{shown(p)} cannot be opened" for p in found.shut] + r.broken
-    bad = f"{many(len(broken), 'file')} of {len(found.paths)}: {'; '.join(broken[:20])}"
-    bad += f"; and {len(broken) - 20} more" * (len(broken) > 20)
-    mend = "restore or remove them" + ", or leave them out with --skip-broken" * bool(r.good)
-    require(skip_broken and r.good or not broken, f"{bad}: {mend}")
+    bad, mend = unread(found, r), "restore or remove them"
+    if r.good: mend += ", or leave them out with --skip-broken"
+    require(not bad or (skip_broken and r.good), f"{bad}: {mend}")
     y = None if found.labels is None else found.labels[r.good]
     special = [f"{many(n, 'picture')} {what}" for what, n in r.special.items()]
-    notes = (*found.notes, *[f"left out {bad}"] * bool(broken), *special)
+    skipped = [f"left out {bad}"] if bad else []
+    notes = (*found.notes, *skipped, *special)
     more = dict(labels=y, classes=found.classes, name=str(folder), sums=tuple(r.sums),
                 notes=(*notes, *without_images(y, found.classes)))
     if r.x is not None: return Images(r.x[:len(r.good)], **more)
@@ -354,7 +370,7 @@ def part(
 # %% ../nbs/00c_folders.ipynb #fd000042
 def open_sets(
     data:str,                # "digits", "mnist", "fashionmnist", "cifar10", a folder, or an .npz
-    size:int|None=None,      # files are scaled and cropped to it, mnist is padded to 32
+    size:int|None=None,      # files and arrays are scaled and cropped, mnist is padded to 32
     root:str="data",         # where downloads are kept
     mode:str="RGB",          # how image files are read: "RGB" or "L"
     on_disk:bool|None=None,  # leave files there; None: if they do not fit into memory

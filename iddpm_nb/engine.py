@@ -98,7 +98,7 @@ def fast_network(
     compile:str="auto",   # "off", "on", "graphs" (with CUDA graphs), or "auto": on for a GPU
     wrap=lambda net: net, # puts the network into what averages its gradients over processes
 ) -> nn.Module: # what is to be called
-    "The same function, faster: laid out for the device, TF32 for what stays float32 there, compiled."
+    "The same function, faster: laid out for the device, with TF32 where it helps, compiled."
     cuda = torch.device(device).type == "cuda"
     require(compile in ("auto", "off", "on", "graphs"),
             f"unknown compile {compile!r}: choose auto, off, on or graphs")

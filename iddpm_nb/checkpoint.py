@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -73,7 +72,8 @@ def read_model(
 # %% ../nbs/08a_checkpoints.ipynb #ccbe1804
 def network(config): # of a configuration, untrained
     known = config["network"]
-    kind = import_module("iddpm_nb.upsample").Upsampler if "low_size" in known else UNet
+    if "low_size" in known: kind = import_module("iddpm_nb.upsample").Upsampler  # a later chapter's
+    else: kind = UNet
     return kind(**known)
 
 def build(
@@ -149,7 +149,7 @@ class State(msgspec.Struct):
     device: str
 
 AWAY = "move that checkpoint away to go on from the one before it"
-OPEN = {"lr", "fused", "foreach", "capturable", "differentiable"}   # settings that may be others
+MAY_DIFFER = {"lr", "fused", "foreach", "capturable", "differentiable"}   # of its settings
 
 def is_moment(name, v, p) -> bool: # could an optimizer keep v under this name for the parameter p?
     if not isinstance(v, Tensor) or v.layout != torch.strided or v.is_meta: return False
@@ -162,7 +162,7 @@ def check_moments(
     "One sentence if an optimizer cannot go on from there: a fused one trusts what it is given."
     mine, its = opt.state_dict()["param_groups"], saved["param_groups"]
     same = len(mine) == len(its) and all(
-        a[k] == b[k] for a, b in zip(mine, its) for k in a.keys() & b.keys() - OPEN)
+        a[k] == b[k] for a, b in zip(mine, its) for k in a.keys() & b.keys() - MAY_DIFFER)
     require(same, "the checkpoint's optimizer has other settings than this training's")
     adam = isinstance(opt, (torch.optim.Adam, torch.optim.AdamW))
     if not adam and not any(group.get("fused") for group in mine): return    # it looks for itself
@@ -201,7 +201,7 @@ def restore_random(run, rng, device): # as far as another device or number of pr
     mine, rank, seed = run.generator.device, run.team.rank, run.generator.initial_seed()
     def own(kind): return len(rng.get(kind, ())) == run.team.size
     if own("torch"): torch.set_rng_state(random_like(torch.get_rng_state(), rng["torch"][rank]))
-    else: torch.manual_seed(seed + 1 + 1000 * rank + run.step)     # other dropout, but none twice
+    else: torch.manual_seed(seed + 1 + 1000 * rank + run.step)     # other dropout in each process
     if mine.type == "cuda" and own("cuda"):
         here = torch.cuda.get_rng_state(mine)
         torch.cuda.set_rng_state(random_like(here, rng["cuda"][rank]), mine)
@@ -390,10 +390,10 @@ def resume(
     for path in reversed(checkpoints(folder)):
         if whole(path):
             restore(path, run, new_data)
-            for p in passed * (run.team.rank == 0):     # or it would be taken for the latest again
+            for p in passed:     # or it would be taken for the latest again
                 names = numbered(p.with_name(f".{p.name}.damaged"))
                 os.replace(p, next(n for n in names if not os.path.lexists(n)))
             return path
         warnings.warn(f"{shown(path)} is damaged, or not of the step in its name: going back to "
                       "the one before", stacklevel=2)
-        passed.append(path)
+        if run.team.rank == 0: passed.append(path)      # one process moves it away

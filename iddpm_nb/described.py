@@ -68,17 +68,20 @@ class Described(Struct):
     official: Text = ""
 
 # %% ../nbs/08a1_described.ipynb #f64875e2
-WORDS = {"`int`": "a whole number", "`float`": "a number", "`str`": "a text",
-         "`bool`": "true or false", "`array`": "a list", "`object`": "a table of names",
-         "`null`": "null"}
+WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false",
+         "array": "a list", "object": "a table of names", "null": "null"}
+
+def _either(found): # `int | str | null` -> a whole number or a text
+    names = found[1].split(" | ")
+    return " or ".join(WORDS.get(k, k) for k in names if k != "null" or len(names) == 1)
 
 def rule(said:str) -> str: # what was expected, of a message of msgspec, in words
-    said = said.removeprefix("Expected ").partition(", got ")[0].replace("| null`", "`")
-    said = re.sub(r"`(\w+) +`", r"`\1`", said)
-    for code, words in WORDS.items(): said = said.replace(code, words)
+    said = said.removeprefix("Expected ").partition(", got ")[0]
+    said = re.sub(r"`([^`]*)`", _either, said)   # `int` >= 1 -> a whole number >= 1
     for sign, words in (">=", "at least"), ("<=", "at most"), (">", "above"), ("<", "below"):
-        said = said.replace(f" {sign} ", f" {words} ")
-    said = re.sub(r"( at (least|most))", r" of\1", re.sub(r"(\d)\.0$", r"\1", said))
+        said = said.replace(f" {sign} ", f" {words} ")         # -> a whole number at least 1
+    said = re.sub(r"(\d)\.0$", r"\1", said)                    # below 1.0 -> below 1
+    said = re.sub(r" at (least|most)", r" of at \1", said)     # -> a whole number of at least 1
     return said.replace("of length", "with a length")
 
 def fault(
@@ -88,13 +91,14 @@ def fault(
     "Which field it is, what it holds, and what it may hold."
     said, _, place = str(e).partition(" - at `$")
     place = place.strip("`.")
+    name = place or "it"
     if " field " in said:
         what = "no" if "missing" in said else "an entry that is not known here:"
-        return f"{place or 'this configuration'} has {what} {shown(said.split('`')[1])}"
+        return f"{name} has {what} {shown(said.split('`')[1])}"
     for step in re.findall(r"\w+", place): value = value[int(step) if step.isdigit() else step]
-    may = "is none of its choices" if "enum" in said else f"but must be {rule(said)}"
-    return f"{place or 'this configuration'} is {shown(reprlib.repr(value))}, {may}".replace(
-        ", is none", ", which is none")
+    found = shown(reprlib.repr(value))
+    if "enum" in said: return f"{name} is {found}, which is none of its choices"
+    return f"{name} is {found}, but must be {rule(said)}"
 
 def checked(
     value,     # from outside: what `json.loads` made of a text

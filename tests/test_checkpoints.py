@@ -249,7 +249,8 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch, file, co
 # What a model file says
 
 CLAIMS = {"width": {"channels": 4096}, "wider": {"channels": 10**9},
-          "blocks": {"num_res_blocks": 10**6}, "size": {"image_size": 10**6}, "levels": {"mult": [1] * 60}, "odd": {"channels": "8"}}
+          "blocks": {"num_res_blocks": 10**6}, "size": {"image_size": 10**6},
+          "levels": {"mult": [1] * 60}, "odd": {"channels": "8"}}
 
 
 @pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
@@ -510,7 +511,7 @@ def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
     real = torch.load
     def full(*args, **how):
         if how.get("mmap"): return real(*args, **how)
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to get 9 bytes")
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(RuntimeError, match="allocate"): resume(tmp_path, small())
 

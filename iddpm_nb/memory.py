@@ -27,12 +27,13 @@ from .unet import WRITTEN_OUT
 
 # %% ../nbs/08f_memory.ipynb #33059714
 class Alive(TorchDispatchMode):
-    "While this context is open: the bytes of all tensors that are alive, the most there ever were, and the numbers in the largest tensor."
+    "The bytes of all tensors alive, now and at most, and the numbers in the largest."
     def __init__(self,
         weights=(), # tensors that are there anyway
     ):
         super().__init__()
-        self.known, self.now, self.peak, self.largest = {w.untyped_storage()._cdata: 0 for w in weights}, 0, 0, 0     # _cdata: the address of the memory
+        self.known = {w.untyped_storage()._cdata: 0 for w in weights}   # by address: `_cdata`
+        self.now, self.peak, self.largest = 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -43,7 +44,7 @@ class Alive(TorchDispatchMode):
     def born(self, memory, numbers):
         if (key := memory._cdata) in self.known: return
         self.known[key] = memory.nbytes()
-        weakref.finalize(memory, self.freed, key)      # runs when the last tensor on this memory is gone
+        weakref.finalize(memory, self.freed, key)      # when the last tensor on it is gone
         self.now += memory.nbytes()
         self.peak, self.largest = max(self.peak, self.now), max(self.largest, numbers)
 
@@ -55,10 +56,13 @@ def peak_memory(
     **cond,        # further arguments of the network, with at least one row
 ) -> tuple[int, int]: # bytes, in float32 and weights aside; numbers in the largest tensor
     "What one image needs at the fullest moment of a forward without gradients."
-    bare = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()} | {id(b): b.to("meta") for b in net.buffers()}
-    net = copy.deepcopy(net, bare)             # the copy finds each weight copied already, without its numbers
+    bare = {id(b): b.to("meta") for b in net.buffers()}
+    for p in net.parameters():
+        bare[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+    net = copy.deepcopy(net, bare)    # it finds each weight copied already, without its numbers
     with torch.no_grad(), Alive([*net.parameters(), *net.buffers()]) as seen:
-        net(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), **{k: torch.empty_like(v[:1], device="meta") for k, v in cond.items()})
+        x, t = (torch.empty(1, *more, device="meta") for more in (shape, ()))
+        net(x, t, **{k: torch.empty_like(v[:1], device="meta") for k, v in cond.items()})
     return seen.peak, seen.largest
 
 # %% ../nbs/08f_memory.ipynb #3f860efd
@@ -75,7 +79,7 @@ def images_at_a_time(
     team = getattr(net, "team", Alone())
     while isinstance(net, Wrapped): net = net.net
     try: each, largest = peak_memory(net, shape, **(cond or {}))
-    except (RuntimeError, TypeError, ValueError): each, largest = 1, 1          # a faulty network will say so itself when it is called
+    except (RuntimeError, TypeError, ValueError): each, largest = 1, 1  # it will say so if called
     room = min(MOST, free_memory(device) // (2 * copies * each), (2**31 - 1) // (copies * largest))
     n = 1 << max(room, 1).bit_length() - 1
     return team.size * int(team.gather(torch.tensor([n], device=device)).min())
@@ -92,7 +96,7 @@ class Fused(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
         return func(*args, **(kwargs or {}))
 
-GROWS = {"float32": 1.4, "bfloat16": 0.75}     # what a process takes, in parts of the count
+GROWS = {"float32": 1.4, "bfloat16": 0.8}    # g: what a process takes, in parts of the count
 
 @functools.lru_cache(64)
 def step_memory(
@@ -103,10 +107,11 @@ def step_memory(
     least:int,     # see `Fused`
 ) -> tuple[int, int]: # numbers in the weights; bytes that the step makes, in float32
     "The fullest moment of a training step, weights and optimizer aside."
-    known, (C, _, _), s = json.loads(arguments), shape, make_schedule("cosine", 2).to("meta")
+    known, (C, _, _) = json.loads(arguments), shape
+    s = make_schedule("cosine", 2).to("meta")                   # T numbers: nothing beside the maps
     with torch.device("meta"):
         net = network({"network": known})
-        opt = torch.optim.SGD(net.parameters(), 0.0)
+        opt = torch.optim.SGD(net.parameters(), 0.0)  # it keeps nothing: Adam's moments are in 3P
         with Fused(least), Alive(net.parameters()) as seen:
             x, eps, t = (torch.empty(images, *more) for more in (shape, shape, ()))
             cond = {"y": t.long()} if known.get("num_classes") else {}
@@ -159,4 +164,4 @@ def fit_memory(
     way = (f"--micro {some} fits, and learns the same" if some else "not even one image at a time "
            "fits: choose fewer --channels, a smaller --mult or --image-size")
     require(need <= 2 * free, f"{said}; {way}")
-    return asked, f"{said}; {way}"
+    return asked, f"{said}, and is tried all the same; {way}"

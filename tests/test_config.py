@@ -82,6 +82,13 @@ def test_options_at_their_edges(line, tmp_path):
     assert time.perf_counter() - start < 20 and not list(tmp_path.iterdir())
 
 
+def test_more_threads_than_a_machine_can_have(tmp_path):
+    with patch("os.cpu_count", lambda: 2):
+        status, _, err = typed(iddpm_train, "--threads 9 --device cpu", tmp_path)
+    assert status == 1 and "--threads 8 is the most" in err, err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
 def test_documented_meanings(tmp_path):
     tiny = ("--steps 2 --warmup 9 --batch 4 --micro 64 --T 20 --channels 8 --mult 1 --save-every 1 "
             "--device cpu --seed 4611686018427387904")
@@ -202,6 +209,8 @@ def test_memory_that_ran_out_is_cured_on_resume(stopped):
     assert "steps 2 to 4" in told and (now.micro, now.compile) == (2, "off")
     told = trained(Config(train=TrainConfig(steps=5)), None, resume_from=stopped)
     assert "steps 4 to 5" in told and saved_config(stopped).model == old.model
+    now = saved_config(stopped).train
+    assert (now.micro, now.compile, now.threads) == (2, "off", 1), "what is left out has changed"
 
 
 def test_a_batch_that_does_not_fit_goes_in_portions(tmp_path):

@@ -21,6 +21,7 @@ from iddpm_nb import run as runs
 from iddpm_nb.checkpoint import best, checkpoints
 from iddpm_nb.cli import iddpm_train
 from iddpm_nb.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.folders import open_images
 from iddpm_nb.run import new_folder, train_run
 from iddpm_nb.train import EMA
 from iddpm_nb.watching import read_log
@@ -370,6 +371,9 @@ def of_pictures(tmp_path):
     return data, tmp_path / "run"
 
 
+def images(data, split): return open_images(data, split, *runs.reading(small(data)))
+
+
 def changes(run): return [c["what"] for c in runs.read_config(run).get("changes", [])]
 
 
@@ -389,7 +393,7 @@ def test_data_that_moved_are_found_by_their_content(of_pictures, tmp_path):
                                  "renamed class", "exchanged labels"])
 def test_other_data_are_refused_or_noted(how, of_pictures):
     data, run = of_pictures
-    held, before = runs.images_of(small(data), "test"), files(run)
+    held, before = images(data, "test"), files(run)
     def is_held(p): return (held.images == torch.from_numpy(pixels(p))).flatten(1).all(1).any()
     def pixels(p): return np.array(Image.open(p)).transpose(2, 0, 1)
     def save(p, value): Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(p)
@@ -399,10 +403,10 @@ def test_other_data_are_refused_or_noted(how, of_pictures):
     if how == "one more": save(one.with_name("new.png"), 1)
     if how == "one less": one.unlink()
     if how == "held out":                      # and what is learned from is as it was
-        learned = runs.images_of(small(data), "train").images
+        learned = images(data, "train").images
         for value in range(256):
             save(test, value)
-            if runs.images_of(small(data), "train").images.equal(learned): break
+            if images(data, "train").images.equal(learned): break
     if how == "renamed class": (data / "cat").rename(data / "bird")
     for a, b in (("cat", "x"), ("dog", "cat"), ("x", "dog")) if how == "exchanged labels" else ():
         (data / a).rename(data / b)

@@ -20,10 +20,9 @@ import tyro
 from .bundle import Bundle, load, machine
 from .checkpoint import whole
 from .checks import require, shown
-from .cli import command
+from .cli import command, options, printed
 from .config import Config, check_unchanged, fit
 from .data import Images
-from .evaluate import check_given
 from .features import get_features
 from .files import lock, sweep, write
 from .folders import open_sets
@@ -202,8 +201,7 @@ def headline(o:TablesOptions, scale:Scale, row:Row, seed:int) -> str:
 @command
 def iddpm_tables(args=None):
     "Run lines of the paper's tables."
-    o = tyro.cli(TablesOptions, args=args, prog="iddpm_tables")
-    check_given(o)
+    o = options(TablesOptions, args, "iddpm_tables")
     one = int(os.environ.get("WORLD_SIZE", 1)) == 1
     require(one, "lines are run by one process: start it without torchrun")
     scale, seeds = scale_of(o), seeds_of(o)
@@ -217,3 +215,4 @@ def iddpm_tables(args=None):
         for row in rows.values():
             say(headline(o, scale, row, seed))
             if not o.plan: run_row(scale, row, seed, runs, out, studies, o.root, o.device)
+    if o.plan: printed()

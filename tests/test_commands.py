@@ -180,6 +180,45 @@ def test_training_refuses_in_a_sentence(line):
     assert not Path("runs").exists()
 
 
+OTHERS = [(iddpm_train, "--data"), (iddpm_train, "--root"), (iddpm_train, "--device"),
+          (iddpm_train, "--out"), (iddpm_sample, "base --device"),
+          (iddpm_sample, "base --weights"), (iddpm_convert, "official.pt --preset")]
+DIGITS = [(iddpm_train, "--T ١٠"), (iddpm_train, "--threads ٢"), (iddpm_train, "--steps ٣"),
+          (iddpm_train, "--lr ٠.١"), (iddpm_train, "--mult 1 ٢"), (iddpm_sample, "base --n ٣"),
+          (iddpm_sample, "base --chunk ３"), (iddpm_convert, "official.pt --T ٢٠")]
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    "The work of the commands, left undone: what they were asked for."
+    seen = []
+    def note(*args, **kwargs): seen.append((args, kwargs))
+    for name in ("draw", "train_run"): monkeypatch.setattr(cli, name, note)
+    return seen
+
+
+@pytest.mark.parametrize("command, line", OTHERS)
+def test_nothing_is_given_as_an_empty_text(idle, command, line):
+    *words, name = line.split()
+    for given in [name, ""], [f"{name}="]:
+        said = " ".join(refused(command, *words, *given).split())
+        assert name in said and "it is empty: give it a value, or leave it out" in said
+    assert not idle
+
+
+@pytest.mark.parametrize("command, line", DIGITS)
+def test_numbers_have_one_kind_of_digits(idle, command, line):
+    said = refused(command, *line.split())
+    assert line.split()[-1] in said or "digits 0 to 9" in said
+    assert not idle
+
+
+def test_names_may_have_any_digits(idle):
+    assert ask(iddpm_sample, "٢", "--class", "٣,４", "--weights", "ema_٩")[0] == 0
+    (o, _), _ = idle[0]
+    assert (o.path, o.classes, o.weights) == ("٢", "٣,４", "ema_٩")
+
+
 ALLOCATOR = ("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate "
              "memory: you tried to allocate 8000000000000 bytes. Error code 12")
 NO_MEMORY = RuntimeError(ALLOCATOR), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")
@@ -379,6 +418,18 @@ def typed(*words, first="pass", **how):
     env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent), "TQDM_DISABLE": "1"}
     how = {"stderr": subprocess.PIPE, "env": env | {"OMP_NUM_THREADS": "1"}} | how
     return subprocess.Popen([sys.executable, "-c", line], **how)
+
+
+class Full(io.StringIO):
+    "A disk without room."
+    def write(self, text): raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("command", [iddpm_train, iddpm_sample, iddpm_convert])
+def test_a_help_that_is_lost_is_a_failure(command):
+    status, _, err = ask(command, "--help", out=Full())
+    assert status == 1 and "words" in err and "No space left" in err
+    assert ask(command, "--help")[0] == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without /dev/full")

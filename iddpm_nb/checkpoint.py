@@ -21,10 +21,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 import msgspec
-import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from .checks import no_memory, require, shown
 from .described import check_described, checked, parsed
@@ -43,7 +41,7 @@ def save_model(
 ):
     "Weights and configuration in one file."
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
-    write(path, to_bytes(tensors, {"format": "pt", "iddpm_nb": json.dumps(config)}))
+    write(path, safetensors.torch.save(tensors, {"format": "pt", "iddpm_nb": json.dumps(config)}))
 
 def read_header(
     path:Path, # a file that `save_model` wrote
@@ -67,14 +65,13 @@ def read_model(
 ) -> tuple[dict, dict]: # tensors by name, and the configuration
     "What is in a model file."
     config = read_header(path)[1]
-    return load_file(path), config
+    return safetensors.torch.load_file(path), config
 
 # %% ../nbs/08a_checkpoints.ipynb #ccbe1804
 def network(config): # of a configuration, untrained
     known = config["network"]
-    if "low_size" in known: kind = import_module("iddpm_nb.upsample").Upsampler  # a later chapter's
-    else: kind = UNet
-    return kind(**known)
+    if "low_size" not in known: return UNet(**known)
+    return import_module("iddpm_nb.upsample").Upsampler(**known)      # a later chapter's
 
 def build(
     config:dict, # with "network" (for `UNet` or `Upsampler`) and "schedule" (for `make_schedule`)
@@ -137,11 +134,14 @@ def read_state(
                          "than tensors and numbers; nothing in it was run") from e
 
 # %% ../nbs/08a_checkpoints.ipynb #91032e7f
+Group = msgspec.defstruct("Group", [("lr", Annotated[float, msgspec.Meta(ge=0, le=1e9)])])
+Moments = msgspec.defstruct("Moments", [("state", dict), ("param_groups", list[Group])])
+
 class State(msgspec.Struct):
     "The form of a training state."
     step: Annotated[int, msgspec.Meta(ge=0)]
-    seconds: Annotated[float, msgspec.Meta(ge=0)]
-    opt: dict
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+    opt: Moments
     emas: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
     sampler: dict
     batches: dict
@@ -153,11 +153,12 @@ MAY_DIFFER = {"lr", "fused", "foreach", "capturable", "differentiable"}   # of i
 
 def is_moment(name, v, p) -> bool: # could an optimizer keep v under this name for the parameter p?
     if not isinstance(v, Tensor) or v.layout != torch.strided or v.is_meta: return False
-    return v.ndim == 0 if name == "step" else (v.dtype, v.shape) == (p.dtype, p.shape)
+    if name != "step": return (v.dtype, v.shape) == (p.dtype, p.shape)
+    return v.ndim == 0 and not v.is_complex() and 0 <= float(v) < math.inf
 
 def check_moments(
     opt:torch.optim.Optimizer, # of this training
-    saved:dict,                # the state of another
+    saved:dict, path:Path="the checkpoint", # the state of another, and where it stands
 ):
     "One sentence if an optimizer cannot go on from there: a fused one trusts what it is given."
     mine, its = opt.state_dict()["param_groups"], saved["param_groups"]
@@ -171,8 +172,8 @@ def check_moments(
     for i, moments in saved["state"].items():
         fits = i in params and needs <= moments.keys()
         fits = fits and all(is_moment(k, v, params[i]) for k, v in moments.items())
-        require(fits, "the checkpoint's optimizer should remember of each parameter numbers of its "
-                      f"shape and kind, and does not for parameter {shown(i)}: {AWAY}")
+        require(fits, f"{shown(path)} should hold what the optimizer remembers of each parameter, "
+                      f"its steps and numbers of its shape, and does not for {shown(i)}: {AWAY}")
 
 def check_state(
     run:Training, # a training
@@ -233,7 +234,7 @@ def restore_state(
     check_state(run, state, path)
     own = training_state(run)
     try:
-        check_moments(run.opt, state["opt"])
+        check_moments(run.opt, state["opt"], path)
         put_back(run, state, new_data)
     except Exception as e:
         put_back(run, own, False)

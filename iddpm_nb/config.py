@@ -6,7 +6,8 @@
 __all__ = ['Times', 'Number', 'Rates', 'FOUR', 'STORED', 'DECIDED', 'BY_SIZE', 'FREE', 'PRESETS', 'DataConfig', 'ModelConfig',
            'DiffusionConfig', 'TrainConfig', 'Config', 'stored', 'check_config', 'square', 'halved', 'multiples',
            'attended', 'divisor', 'fit_model', 'fit_train', 'fill', 'fit', 'described_choice', 'as_decided',
-           'conditions', 'describe', 'changed_fields', 'check_unchanged', 'check_same', 'paper']
+           'conditions', 'describe', 'changed_fields', 'check_unchanged', 'check_same', 'names_of', 'check_classes',
+           'other_data', 'paper']
 
 # %% ../nbs/08c_configuration.ipynb #b26072de
 import dataclasses
@@ -19,7 +20,7 @@ from . import __version__
 from .checks import require, shown
 from .data import Images
 from .described import (Blocks, Chainlength, Multiples, Noise, Schedules, Share, Size,
-                                Sizes, Text, Variances, Width, checked)
+                                Sizes, Text, Variances, Width, check_described, checked)
 from .train import ema_name
 
 # %% ../nbs/08c_configuration.ipynb #9c2cc94c
@@ -342,6 +343,33 @@ def check_same(
         raise ValueError(f"config.json says {k} = {now}, but the checkpoint was trained with "
                          f"{k} = {v}, and that holds: put it back in config.json, "
                          "or start a new run")
+
+# %% ../nbs/08c_configuration.ipynb #d61df6cc
+def names_of(about): return ", ".join(map(shown, about["classes"]))   # of the classes
+
+def check_classes(
+    had:dict, # what the checkpoint carries; {} if there is none
+    now:dict, # what the next one will carry
+):
+    "Refuse another number of classes, of a network that is shown them."
+    check_described(had, ())
+    was = had.get("classes")
+    if "labels" not in now or not was or len(was) == len(now["classes"]): return
+    raise ValueError(f"the classes were {names_of(had)}, and are {names_of(now)} now: a network "
+                     "cannot go on with another number of classes, not with --new-data either: "
+                     "restore them, or start a new run")
+
+def other_data(
+    had:dict, now:dict, # as for `check_classes`
+) -> list[str]: # in what the data differ, in words
+    def differs(k): return k in now and had.get(k) not in (None, now[k])
+    said = []
+    if differs("content"): said.append("the images are not those that the run was made with")
+    if "labels" in now and differs("classes"):
+        said.append(f"the classes were called {names_of(had)}, "
+                    f"and are called {names_of(now)} now")
+    if not said and differs("labels"): said.append("the labels are others than before")
+    return said
 
 # %% ../nbs/08c_configuration.ipynb #4dfd430c
 def paper(steps, image_size, mult, data="", lr=1e-4, batch=128, T=4000, schedule="cosine",

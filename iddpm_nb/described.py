@@ -63,6 +63,7 @@ class Described(Struct):
     variance: Variances | UnsetType = UNSET
     classes: Annotated[tuple[Text, ...], Meta(max_length=1_000_000)] = ()
     averages: tuple[Annotated[str, Meta(pattern=r"^[\w.+-]{1,40}$")], ...] = ()
+    notes: Annotated[tuple[Text, ...], Meta(max_length=1000)] = ()   # told whenever it is used
     run: dict[Text, dict[Text, Flat]] = {}
     version: Text = ""
     official: Text = ""

@@ -177,10 +177,11 @@ def which_data(o:EvalOptions, s:Subject) -> str:
 
 def told_about(s:Subject, d) -> tuple: # of sentences
     "What is uncertain about the images of the training, found by their path."
-    then = s.about.get("content")
-    if then == d.whole: return ()
-    if then: return (f"{shown(d.name)} has changed since the training; what is measured is what is "
-                     "there now, and which images are held out goes by their content",)
+    then, told = s.about.get("content"), tuple(map(shown, s.about.get("notes", ())))
+    if then == d.whole: return told
+    if then:
+        return *told, (f"{shown(d.name)} has changed since the training; what is measured is what "
+                       "is there now, and which images are held out goes by their content")
     return ("this model was made before images were known by their content: its own version may "
             "have held out others, so some of those measured may have been trained on",)
 
@@ -194,8 +195,7 @@ def image_sets(o:EvalOptions, s:Subject, progress:bool) -> tuple:
     there = bool(was) and not named(was) and Path(data).resolve() == Path(was).resolve()
     if not there and d.whole != s.about.get("content"): return d, d, d.notes
     if named(was): return *open_sets(was, size, **how), ()      # a copy of a set that has a name
-    notes = d.notes + (told_about(s, d) if there else ())
-    return part(d, "train"), part(d, "test"), notes
+    return part(d, "train"), part(d, "test"), d.notes + told_about(s, d)
 
 # %% ../nbs/15a_evaluating.ipynb #c48d629e
 def labels_of(

@@ -14,13 +14,16 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, clean_env
 from iddpm_nb import engine, underway
 from iddpm_nb import run as runs
-from iddpm_nb.checkpoint import best, checkpoints
+from iddpm_nb.checkpoint import best, checkpoints, read_header
 from iddpm_nb.cli import iddpm_train
 from iddpm_nb.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.evaluate import EvalOptions, Subject, image_sets
+from iddpm_nb.files import checksum
 from iddpm_nb.folders import open_images
 from iddpm_nb.run import new_folder, train_run
 from iddpm_nb.train import EMA
@@ -418,6 +421,44 @@ def test_other_data_are_refused_or_noted(how, of_pictures):
     assert saved(run)[-1] == 10 and len(changes(run)) == 1
 
 
+def test_another_number_of_classes(of_pictures):
+    data, run = of_pictures
+    before = files(run)
+    pictures(data, 1, classes=("bird",))
+    for how in {}, {"new_data": True}:
+        said = refused(small(data, steps=8), resume_from=run, **how)
+        assert "the classes were cat, dog, and are bird, cat, dog now" in said, said
+        assert "not with --new-data either" in said and files(run) == before
+
+
+def as_by_an_older_version(run):
+    "Its checkpoints do not know their images by their content."
+    for folder in checkpoints(run / "checkpoints"):
+        for p in folder.glob("*.safetensors"):
+            about = read_header(p)[1]
+            del about["content"]
+            tensors = safetensors.torch.load_file(p)
+            safetensors.torch.save_file(tensors, p, {"iddpm_nb": json.dumps(about)})
+        sums = {p.name: checksum(p) for p in folder.iterdir() if p.name != "checksums.json"}
+        (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_what_an_older_version_may_have_learned_is_told_from_then_on(of_pictures, tmp_path):
+    data, run = of_pictures
+    as_by_an_older_version(run)
+    words = "some of those held out now may have been trained on"
+    said = go(small(data, steps=8), resume_from=run, new_data=True)
+    assert said.count(words) == 1 and "up to step 6" in said
+    assert words in changes(run)[0] and len(changes(run)) == 1
+    assert words in go(small(data, steps=10), resume_from=run), "it is told once, and forgotten"
+    latest = checkpoints(run / "checkpoints")[-1] / "ema_0.995.safetensors"
+    def told(**how): return image_sets(EvalOptions("", **how), Subject(latest, None, about), False)[2]
+    about = read_header(latest)[1]
+    assert [words in note for note in told()] == [True]
+    shutil.copytree(data, tmp_path / "copy")
+    assert [words in note for note in told(data=str(tmp_path / "copy"))] == [True]
+
+
 def test_a_file_that_breaks_during_a_long_run(tmp_path):
     "It is named, the run says how to go on without it, and does."
     data, update = pictures(tmp_path / "data"), EMA.update
@@ -449,6 +490,14 @@ def test_a_configuration_that_was_edited(six, capsys):
         path.write_text(text.replace(f'"{k}": {v}', f'"{k}": {other}'))
         with pytest.raises(SystemExit): iddpm_train(go_on)
         assert f"config.json says {k} = {other}" in capsys.readouterr().err
+    said = json.loads(text)
+    others = [("diffusion", "loss", "simple"), ("data", "grey", True), ("data", "image_size", 16),
+              ("data", "upsample_from", 4), ("train", "ema", [0.5]), ("model", "mult", [1, 2])]
+    for part, k, other in others:      # not by advice for new runs, nor by what the weights are
+        path.write_text(json.dumps(said | {part: said[part] | {k: other}}))
+        for more in [], ["--variance", "beta"], ["--loss", "hybrid"]:
+            with pytest.raises(SystemExit): iddpm_train([*go_on, *more])
+            assert f"config.json says {k} = " in capsys.readouterr().err
     path.write_text(text)
     assert files(six) == before
     iddpm_train([*go_on, "--keep", "3"])                           # what is free to change

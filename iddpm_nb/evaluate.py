@@ -19,7 +19,8 @@ import tyro
 from .bundle import TO_SAMPLE, Bundle, check_room, check_seed, machine, weights_file
 from .checkpoint import read_header
 from .checks import require, shown
-from .cli import check_place, command, options, printed
+from .cli import check_place
+from .commands import command, options, printed
 from .conditioning import labels_by_name
 from .data import Images, named, to_uint8
 from .described import check_described

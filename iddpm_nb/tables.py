@@ -20,7 +20,7 @@ import tyro
 from .bundle import Bundle, load, machine
 from .checkpoint import whole
 from .checks import require, shown
-from .cli import command, options, printed
+from .commands import command, options, printed
 from .config import Config, check_unchanged, fit
 from .data import Images
 from .features import get_features

@@ -63,7 +63,6 @@ class Images:
                 f"labels run from {y.min()} to {y.max()}, but there are {k} classes")
 
     def __len__(self): return len(self.images)
-
     def take(self, i:Tensor, name:str="") -> "Images": # those with the numbers i (n,)
         y, sums = self.labels, self.sums and tuple(self.sums[j] for j in i.tolist())
         return replace(self, images=self.images[i], labels=None if y is None else y[i],
@@ -229,8 +228,7 @@ def without_images(
 
 # %% ../nbs/00_data.ipynb #7331c3d4
 def from_npz(
-    path:Path, # an .npz: uint8 `images` (or `arr_0`), (N,H,W), (N,H,W,C) or (N,C,H,W), C = 1 or 3;
-               # `labels` (or `arr_1`) and `classes`, if there are any
+    path:Path, # uint8 `images` or `arr_0` (see `channels_first`); perhaps `labels`, `classes`
 ) -> Images:
     "Images and labels from an `.npz`, in its order."
     f, names = read_npz(path, ("images", "arr_0", "labels", "arr_1", "classes"))
@@ -264,8 +262,9 @@ def from_torchvision(
     import torchvision.datasets as sets
     try: d = getattr(sets, TORCHVISION[name])(root, train=split == "train", download=True)
     except Exception as e:
-        place = shown(Path(root).resolve())
-        raise OSError(f"{name} is not in {place} and could not be downloaded there ({e})") from e
+        place, why = shown(Path(root).resolve()), shown(" ".join(str(e).split()))
+        mine = f"; the one beside you is ./{name}" if Path(name).exists() else ""
+        raise OSError(f"{name} is not in {place} and could not be downloaded ({why}){mine}") from e
     x = torch.as_tensor(d.data)
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
     return Images(x, torch.as_tensor(d.targets).long(), tuple(d.classes), f"{name}/{split}",
@@ -276,10 +275,10 @@ def held_out(
     sums, # of N images
 ) -> Tensor: # bool (N,)
     "Which images are held out: about one in ten, by their content alone."
-    n, mine = len(sums), torch.tensor([int.from_bytes(s[-4:], "big") % 10 == 0 for s in sums])
-    if n < 10: return torch.zeros(n, dtype=torch.bool)
-    if not 0 < mine.sum() < n: mine = torch.arange(n) == min(range(n), key=sums.__getitem__)
-    return mine
+    n, first = len(sums), min(sums, default=b"")
+    mine = torch.tensor([int.from_bytes(s[-4:], "big") % 10 == 0 for s in sums])
+    if not 0 < mine.sum() < n: mine = torch.tensor([s == first for s in sums])     # with its copies
+    return mine if n >= 10 and not mine.all() else torch.zeros(n, dtype=torch.bool)
 
 def parts(
     d,    # all images, as `Images` or `Files`
@@ -311,8 +310,8 @@ def by_name(
     if name in ("mnist", "fashionmnist") and size in (32, 16, 8, 4):
         d = replace(d, images=of_size(d.images, size))
     H, W = d.images.shape[-2:]
-    require(size in (None, H, W), f"{name} has images of {H}x{W}, not {size}x{size}: leave "
-            "--image-size out")
+    require(size in (None, H, W),
+            f"{name} has images of {H}x{W}, and {size}x{size} are wanted here")
     return d
 
 # %% ../nbs/00_data.ipynb #2907f555
@@ -345,7 +344,9 @@ def position(
     was, has = state.get("labels"), now.get("labels")     # None: nobody looks at them
     images, labels = state["images"] == now["images"], None in (was, has) or was == has
     mend = "restore them, or go on with those that are here by --new-data"
-    require(images or new_data,
+    older = ("the checkpoint's version divided images by place, not by content as now: it goes on "
+             "only with --new-data, and some images held out now may have been trained on")
+    require(images or new_data, older if "labels" not in state else
             f"these are not the images that the checkpoint was trained on: {mend}")
     require(labels or new_data, "these images have other labels or class names than those that "
             f"the checkpoint was trained on: {mend}")
@@ -390,9 +391,8 @@ class Batches:
         i = i.to(self.device, non_blocking=True)
         x = self.images[i] if mirror is None else mirrored(self.images[i], mirror)
         return to_float(x), None if self.labels is None else self.labels[i]
-
     def seen(self): # what a checkpoint says about the data
-        return {"images": self.sum} | ({} if self.labels is None else {"labels": self.label_sum})
+        return {"images": self.sum, "labels": None if self.labels is None else self.label_sum}
     def state_dict(self):
         return {"order": self.order.clone(), "generator": self.generator.get_state()} | self.seen()
     def load_state_dict(self, state, new_data=False): # True: take other data, in a new epoch

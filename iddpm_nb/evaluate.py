@@ -272,8 +272,8 @@ def check_other(o:EvalOptions, other, held): # that it can be asked about these 
 def bits_of(o:EvalOptions, s:Subject, sets, team, other=()) -> tuple[dict, list]:
     "Bits per dimension, beside those of another model: for the record, and as lines."
     train, held, _ = sets
-    require(held is not None, f"{shown(train.name)} has {len(train)} images, and of fewer than ten "
-            "none is held out: name other images with --data")
+    require(held is not None, f"{shown(train.name)} has {len(train)} images, too few or too equal "
+            "to hold one out: name other images with --data")
     if other: check_other(o, other[0], held)
     b, given = bound(o, teamed(s.model, team), held, team), what_is_given(s.about["network"])
     r = {"images": held.name, "n": len(b.total), "given": given, "clip_x0": o.clip_x0,

@@ -65,7 +65,7 @@ def record(home, line):
 def test_samples_in_the_folder_of_a_run_know_their_run(home):
     r = record(home, f"run/samples_12x3.npz {LOOK}")
     assert r["samples"]["n"] == 12 and r["shape"] == [1, 16, 16] and r["reference"]["n"] < 40
-    assert r["reference"]["images"].endswith("pics/train")
+    assert r["reference"]["images"].endswith("pics (train)")
     same = record(home, f"run/samples_12x3.npz {LOOK} --data pics")
     assert same["figures"] == r["figures"]
     assert "leave --image-size" in ask(home, f"run/samples_12x3.npz {LOOK} --image-size 8", 1)

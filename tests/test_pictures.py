@@ -15,7 +15,8 @@ import pytest
 import torch
 from iddpm_nb.data import Batches, Images
 from iddpm_nb.engine import Prefetch, make_batches
-from iddpm_nb.folders import open_sets
+from iddpm_nb.folders import open_images, open_sets
+from iddpm_nb.reading import CLEAR, decoded
 from PIL import Image
 from tqdm import tqdm
 
@@ -264,13 +265,34 @@ def pictures_with_arrays_of_another_kind_beside_them(d):
     assert n == 12 and "2 .npz" in notes
 
 
-def png(w, h, depth, kind, row):
+def png(w, h, depth, kind, row, none=None):
     "A PNG made by hand."
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     head = struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0)
-    data = zlib.compress((b"\0" + row) * h)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    data = chunk(b"IDAT", zlib.compress((b"\0" + row) * h))
+    data = data if none is None else chunk(b"tRNS", none) + data
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth, kind, row, none, want", [
+    (1, 0, b"\x40", b"\0\0", [255, 255]), (2, 0, b"\x10", b"\0\1", [0, 255]),
+    (4, 0, b"\x37", b"\0\3", [255, 119]), (8, 0, b"\x05\x75", b"\0\5", [255, 117]),
+    (16, 0, b"\x03\xe8\x75\0", b"\x03\xe8", [255, 117]),
+    (16, 2, b"\x03\xe8" * 3 + b"\x75\0" * 3, b"\x03\xe8" * 3, [255, 117])])
+def test_a_number_that_counts_as_none(depth, kind, row, none, want):
+    x, special = decoded(png(2, 1, depth, kind, row, none))
+    assert x.tolist() == [[want]] * 3 and CLEAR in special
+
+
+def test_what_is_opaque_everywhere_is_not_called_transparent():
+    for mode, opacity in (("RGBA", 255), ("LA", 255), ("RGBA", 254), ("LA", 0)):
+        file = io.BytesIO()
+        im = Image.new(mode, (3, 3), (5,) * len(mode[:-1]) + (255,))
+        im.putpixel((1, 1), (5,) * len(mode[:-1]) + (opacity,))
+        im.save(file, "PNG")
+        assert (CLEAR in decoded(file.getvalue())[1]) == (opacity < 255)
+    assert CLEAR not in decoded(png(2, 1, 16, 0, b"\x03\xe8\x75\0", b"\0\1"))[1]
 
 
 @animal
@@ -360,7 +382,32 @@ def ten_copies_of_one_picture(d):
     for i in range(10):
         save(d / f"{i}.png", 1)
     train, held = open_sets(str(d), SIZE)
-    assert (len(train), len(held)) == (9, 1)
+    assert len(train) == 10 and held is None                    # nothing else is left to train on
+    with pytest.raises(ValueError, match="too equal to hold one out"):
+        open_images(str(d), "test", SIZE)
+
+
+@animal
+def every_picture_twice(d):
+    for k in range(40):
+        for i in range(6):
+            save(d / str(k) / "a" / f"{i}.png", 100 * k + i)
+        (d / str(k) / "b").symlink_to(d / str(k) / "a")
+        shutil.copytree(d / str(k) / "a", d / str(k) / "c")
+        train, held = open_sets(str(d / str(k)), SIZE)
+        assert len(train) + len(held) == 12 and not set(train.sums) & set(held.sums)
+
+
+@animal
+def hidden_pictures(d):
+    fill(d)
+    for name in (".hid.png", "cat/._1.JPG"):
+        save(d / name, format="PNG")
+    for name in (".DS_Store", "cat/.nomedia"):
+        (d / name).write_bytes(b"x")
+    n, classes, notes = opened(d)
+    assert (n, classes) == (12, ("cat", "dog")) and ".DS_Store" not in notes and ".nomedia" not in notes
+    assert ".hid.png" in notes and "cat/._1.JPG" in notes
 
 
 @animal
@@ -414,6 +461,46 @@ def an_array_called_like_dots(d):
     assert opened(d / "...npz", None)[0] == 12
     train, held = open_sets(str(d / "...npz"), SIZE)         # not square: scaled, as it is told
     assert train.images.shape[1:] == (3, 8, 8) and len(train) + len(held) == 12
+
+
+@animal
+def an_array_of_colours_in_grey(d):
+    x = np.stack([random(i, 8, 8) for i in range(12)])
+    np.savez(d / "a.npz", images=x)
+    for i, a in enumerate(x):
+        (d / "set").mkdir(exist_ok=True)
+        Image.fromarray(a).save(d / "set" / f"{i}.png")
+    for size in (None, 4):
+        same = (open_images(str(d / name), "all", size, mode="L") for name in ("a.npz", "set"))
+        a, b = ({im.numpy().tobytes() for im in s.images} for s in same)
+        assert a == b and len(a) == 12
+    assert open_images(str(d / "a.npz"), "all", 4).images.shape == (12, 3, 4, 4)
+
+
+@animal
+def an_array_that_is_not_square_is_said_to_be_cropped(d):
+    np.savez(d / "a.npz", images=np.zeros((12, 6, 8, 3), np.uint8))
+    assert "images of 6x8 are scaled and cropped to 8x8" in open_images(str(d / "a.npz"), "all", 8).notes
+    assert not open_images(str(d / "a.npz"), "all").notes
+
+
+@animal
+def parts_are_not_called_like_folders(d):
+    train, _ = open_sets(str(fill(d)), SIZE)
+    assert train.name == f"{d} (train)"
+
+
+@animal
+def a_folder_called_like_a_data_set(d):
+    fill(d / "mnist")
+    was = os.getcwd()
+    os.chdir(d)
+    try:
+        with patch("torchvision.datasets.MNIST", side_effect=RuntimeError("no:\n\tnet")):
+            text = said("mnist")
+    finally:
+        os.chdir(was)
+    assert "(no: net); the one beside you is ./mnist" in text and "\\n" not in text
 
 
 @pytest.mark.parametrize("f", ZOO)
@@ -536,6 +623,23 @@ def test_labels_are_compared_on_resume():
             other.load_state_dict(state)
         other.load_state_dict(state, new_data=True)
     Batches(Images(x, y, ("a", "b")), 2).load_state_dict(state)
+
+
+def test_a_checkpoint_of_the_version_that_split_by_place():
+    d, other = (Images(torch.full((4, 1, 4, 4), k, dtype=torch.uint8)) for k in (0, 1))
+    state = Batches(d, 2).state_dict()
+    with pytest.raises(ValueError, match="these are not the images"):
+        Batches(other, 2).load_state_dict(state)
+    older = {k: v for k, v in state.items() if k != "labels"}
+    with pytest.raises(ValueError, match="by place, not by content.*--new-data.*trained on"):
+        Batches(other, 2).load_state_dict(older)
+    Batches(other, 2).load_state_dict(older, new_data=True)
+    Batches(d, 2).load_state_dict(older)
+
+
+def test_the_size_of_a_set_is_told_without_an_option():
+    with pytest.raises(ValueError, match="8x8, and 16x16 are wanted here$"):
+        open_sets("digits", 16)
 
 
 def test_a_position_that_points_nowhere():

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['flops', 'product_rate', 'native_bfloat16', 'pick_precision', 'InPrecision', 'fast_network', 'Rows', 'as_it_is',
-           'stopping', 'undisturbed', 'fetched', 'Prefetch', 'make_batches']
+           'stopping', 'undisturbed', 'fetched', 'let_go', 'Prefetch', 'make_batches']
 
 # %% ../nbs/08e_speed.ipynb #ee2840cc
-import atexit
 import copy
+import multiprocessing
 import os
 import signal
 import statistics
@@ -16,6 +16,8 @@ import time
 import warnings
 import weakref
 from collections import deque
+from contextlib import suppress
+from multiprocessing.util import Finalize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,6 +143,16 @@ def fetched(ahead): # the next images that workers have made
                     "out: go on with fewer of them, --workers 1 or 0")
         raise ChildProcessError(sentence) from e
 
+def let_go(
+    batches, # a weak reference to `Prefetch`
+):
+    "End the workers with their process. Python asks them to end and waits, but they hear nobody."
+    if batches(): batches().restart()
+    left = [p for p in multiprocessing.active_children() if p.daemon]   # somebody else holds them
+    with suppress(AttributeError, ValueError):                          # that they die is no news
+        if left: signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in left: process.kill()
+
 class Prefetch(Batches):
     "`Batches` made by workers ahead of time: for `Files`, or `Images` that the device cannot hold."
     def __init__(self, data, batch:int=64, seed:int=0, device="cpu", flip:bool=False,
@@ -161,8 +173,8 @@ class Prefetch(Batches):
             yield i.tolist()
 
     def load(self):
-        me, plan = weakref.ref(self), Prefetch.plan(weakref.proxy(self))   # no circle: workers end
-        atexit.register(lambda: me() and me().restart())                   # with this object
+        plan = Prefetch.plan(weakref.proxy(self))       # no circle: workers end with this object,
+        Finalize(None, let_go, [weakref.ref(self)], exitpriority=10)    # or when its process ends
         return iter(DataLoader(Rows(self.images), batch_sampler=plan, num_workers=self.workers,
                                collate_fn=as_it_is, worker_init_fn=undisturbed,
                                pin_memory=torch.device(self.device).type == "cuda",

@@ -212,7 +212,7 @@ def test_killed_at_any_moment(home):
     "No file that looks whole is cut, and the same command works again and clears up."
     there = home / "killed"
     there.mkdir()
-    (there / ".out.json.1-ab.part").write_text("left by a killed process")
+    (there / ".out.json.1-0123abcd.part").write_text("left by a killed process")
     line, k = "../run --num-t 12 --device cpu --out out.json", 0
     while crash_at(k, lambda: typed(iddpm_eval, line, there)):
         if (there / "out.json").exists(): json.loads((there / "out.json").read_text())
@@ -224,7 +224,7 @@ def test_killed_at_any_moment(home):
 def test_features_that_are_kept(home):
     cache = home / "kept"
     cache.mkdir()
-    (cache / ".half.safetensors.1-ab.part").write_bytes(b"cut")
+    (cache / ".half.safetensors.1-0123abcd.part").write_bytes(b"cut")
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -510,6 +510,39 @@ def test_zoo(f, tmp_path):
 
 # ---- labels in arrays
 
+TYPED = ("--image-size 8 --attn-resolutions 4 --steps 1 --batch 4 --channels 8 --groups 4 --num-heads 2 "
+         "--T 20 --warmup 0 --ema 0.9 --threads 1 --device cpu").split()
+
+
+@pytest.mark.parametrize("f", ZOO)
+def test_zoo_through_the_command(f, tmp_path, monkeypatch, capsys):
+    "What a person types ends well, or in one sentence, for every folder that an animal has made."
+    (tmp_path / "zoo").mkdir()
+    from iddpm_nb import cli, run, underway
+    folders, here = [], sys.modules[__name__]
+
+    def noted(real):
+        def call(folder, *how, **more):
+            folders.append(folder)
+            return real(folder, *how, **more)
+        return call
+    with monkeypatch.context() as m:
+        for name in ("open_sets", "open_images"): m.setattr(here, name, noted(globals()[name]))
+        f(tmp_path / "zoo")
+    monkeypatch.setattr(run, "judge", lambda *how: {})              # what is tried is the reading
+    monkeypatch.setattr(underway, "curve", lambda folder: None)
+    for i, folder in enumerate(dict.fromkeys(folders)):
+        capsys.readouterr()
+        try: cli.iddpm_train(["--data", str(folder), "--out", str(tmp_path / f"run{i}"), *TYPED])
+        except SystemExit as e: status = e.code
+        else: status = 0
+        out, err = capsys.readouterr()
+        last = err.strip().splitlines()[-1:]
+        assert "Traceback" not in out + err and status in (0, 1), err
+        assert status == 0 or last[0].startswith("iddpm_train: ") and len(last[0]) > 40, err
+        assert status or (tmp_path / f"run{i}" / "checkpoints" / "0000001").is_dir(), out
+
+
 Y = np.arange(12) % 3
 LABELS = {
     "texts": (np.array(list("abc"))[Y], "whole numbers"), "fractions": (Y / 2, "whole numbers"),

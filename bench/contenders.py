@@ -28,7 +28,7 @@ class Plain(torch.nn.Module):
 
 def work(net, c):
     "GFLOP for an image: forward; forward and backward."
-    from iddpm_nb.engine import flops
+    from iddpm_nb.training.speed import flops
     return [f / 1e9 for f in flops(Plain(net) if hasattr(net, "config") else net, (3, c["size"], c["size"]))]
 
 
@@ -36,7 +36,7 @@ class Ours:
     """Ours at its defaults: `train` with the hybrid loss, batches gathered from uint8 images on the device, fused AdamW, one EMA
     updated in each step, gradient norm logged; precision, layout and compiling as `engine` decides. Sampling: `sample`, learned variance."""
     def __init__(self, c, device, precision="auto", compile="auto"):
-        from iddpm_nb.engine import fast_network, pick_precision
+        from iddpm_nb.training.speed import fast_network, pick_precision
         from iddpm_nb.schedule import make_schedule
         self.c, self.device = c, device
         self.precision = pick_precision(precision, device, c["size"])
@@ -54,7 +54,7 @@ class Ours:
         return lambda: next(steps)
 
     def sampling(self, n):
-        from iddpm_nb.engine import InPrecision
+        from iddpm_nb.training.speed import InPrecision
         from iddpm_nb.sampling import sample
         net = InPrecision(self.ask.eval(), self.precision)
         return lambda: sample(net, self.s, (self.c["batch"], 3, self.c["size"], self.c["size"]), n, progress=False)
@@ -184,7 +184,7 @@ CONTENDERS = {  # name in the table -> how it is made, from the settings that ou
 
 def make(name, c, device):
     "A contender; 'our settings' are the precision and compiling that ours chooses here."
-    from iddpm_nb.engine import pick_precision
+    from iddpm_nb.training.speed import pick_precision
     same = pick_precision("auto", device, c["size"]), "on" if torch.device(device).type == "cuda" else "off"
     torch.manual_seed(0)
     return CONTENDERS[name](c, device, same)

@@ -44,7 +44,7 @@ def worker(a):
     wait = torch.cuda.synchronize if a.device == "cuda" else lambda: None
     try:
         if a.worker == "matrix product":
-            from iddpm_nb.engine import product_rate
+            from iddpm_nb.training.speed import product_rate
             f, steps, about = lambda: [product_rate(a.device, getattr(torch, d), repeats=3) for d in ("float32", "bfloat16")], 1, {}
         else:
             small = contenders.make(a.worker, contenders.SIZES["tiny"], a.device)    # what has to be imported is held before

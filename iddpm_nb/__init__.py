@@ -1,9 +1,10 @@
 """Improved DDPM, derived, checked and implemented notebook by notebook."""
 __version__ = "0.0.1"
 
-_HOMES = {"load": "run", "Config": "run", "train_run": "run", "Schedule": "forward", "make_schedule": "schedule",
-          "UNet": "unet", "sample": "sampling", "bits_per_dim": "likelihood",
-          "load_openai": "interop", "to_openai": "interop", "to_diffusers": "bridge"}
+_HOMES = {"Schedule": "forward", "make_schedule": "schedule", "UNet": "unet", "sample": "sampling",
+          "bits_per_dim": "likelihood", "Config": "training.config", "load_openai": "interop.openai",
+          "to_openai": "interop.openai", "to_diffusers": "interop.diffusers_bridge",
+          "load": "running.model", "train_run": "running.run"}
 __all__ = list(_HOMES)
 
 

@@ -18,15 +18,16 @@ import pytest
 import torch
 from conftest import clean_env
 from iddpm_nb import checkpoint, watching
-from iddpm_nb.checkpoint import build, checkpoints, load_model, resume, save_checkpoint, save_model
-from iddpm_nb.conditioning import Dropping
+from iddpm_nb.training.checkpoint import (build, checkpoints, load_model, resume, save_checkpoint,
+                                          save_model)
+from iddpm_nb.conditioning.labels import Dropping
 from iddpm_nb.data import Batches, Images
-from iddpm_nb.files import checksum
+from iddpm_nb.training.files import checksum
 from iddpm_nb.importance import UniformSampler
 from iddpm_nb.schedule import make_schedule
 from iddpm_nb.train import start_training, train
-from iddpm_nb.upsample import Paired
-from iddpm_nb.watching import board, curve, log, read_log
+from iddpm_nb.conditioning.upsampler import Paired
+from iddpm_nb.training.log import board, curve, log, read_log
 
 NETWORK = {"in_channels": 1, "out_channels": 2, "channels": 8, "mult": [1, 1], "num_res_blocks": 1,
            "attn_resolutions": [4], "image_size": 8, "num_heads": 2}
@@ -430,7 +431,7 @@ def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, once):
 
 def test_a_backend_that_nobody_knows(tmp_path):
     log(tmp_path, M)
-    code = f"from iddpm_nb.watching import curve; curve({str(tmp_path)!r}); print('on')"
+    code = f"from iddpm_nb.training.log import curve; curve({str(tmp_path)!r}); print('on')"
     env = clean_env(MPLBACKEND="nonsense", PYTHONPATH=str(Path(watching.__file__).parents[1]))
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert p.stdout == "on\n" and "was not drawn" in p.stderr and "Traceback" not in p.stderr

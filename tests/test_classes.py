@@ -59,7 +59,7 @@ def test_classes_come_from_the_data(run):
 
 def test_two_stages(run):
     from iddpm_nb.data import digits
-    from iddpm_nb.upsample import lower
+    from iddpm_nb.conditioning.upsampler import lower
     np.savez(run.folder / "small.npz", images=lower(digits().images[:200], 4)[:, 0].numpy(), labels=digits().labels[:200].numpy())
     train(run, "--steps", "6", "--data", "small.npz", "--out", "base")
     said = train(run, "--steps", "6", *UP, "--out", "up", "--sample-every", "6")
@@ -82,7 +82,7 @@ def test_two_stages(run):
 def test_both_at_once(run):
     "A class-conditional upsampler with dropped labels, over a class-conditional base."
     from iddpm_nb.data import digits
-    from iddpm_nb.upsample import lower
+    from iddpm_nb.conditioning.upsampler import lower
     np.savez(run.folder / "small.npz", images=lower(digits().images[:200], 4)[:, 0].numpy(), labels=digits().labels[:200].numpy(), classes=np.array(digits().classes))
     train(run, "--steps", "4", *COND, "--data", "small.npz", "--out", "base")
     train(run, "--steps", "4", *COND, *UP, "--out", "up")
@@ -104,7 +104,7 @@ def test_resumed_to_the_same_bits(run, weights):
 
 def test_official_layout(run):
     "The official class-conditional and upsampling networks, in small."
-    make = ("import torch, iddpm_nb; from iddpm_nb.unet import UNet; from iddpm_nb.upsample import Upsampler; size = dict(out_channels=2, channels=32, mult=(1,), num_res_blocks=1, attn_resolutions=(), num_classes=3);"
+    make = ("import torch, iddpm_nb; from iddpm_nb.unet import UNet; from iddpm_nb.conditioning.upsampler import Upsampler; size = dict(out_channels=2, channels=32, mult=(1,), num_res_blocks=1, attn_resolutions=(), num_classes=3);"
             "torch.save(iddpm_nb.to_openai(UNet(1, image_size=4, **size)), 'base.pt'); torch.save(iddpm_nb.to_openai(Upsampler(4, in_channels=2, image_size=8, **size)), 'up.pt')")
     run("python", make)
     known = ["--num-heads", "4", "--schedule", "linear", "--T", "30", "--rescale-t", "False"]
@@ -118,10 +118,10 @@ def test_official_layout(run):
 
 TEAM = '''
 import sys, torch
-from iddpm_nb.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from iddpm_nb.data import digits
-from iddpm_nb.distributed import join
-from iddpm_nb.run import begin
+from iddpm_nb.training.distributed import join
+from iddpm_nb.running.run import begin
 from iddpm_nb.train import train
 
 data = DataConfig(class_cond=True, label_drop=0.3, upsample_from=4, noise_augment=0.1)

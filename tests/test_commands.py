@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from iddpm_nb import bundle, cli
-from iddpm_nb.checkpoint import checkpoints
+from iddpm_nb.training.checkpoint import checkpoints
 from iddpm_nb.checks import CALLS, crash_at
-from iddpm_nb.cli import iddpm_convert, iddpm_sample, iddpm_train
+from iddpm_nb.cli.convert import iddpm_convert
+from iddpm_nb.cli.sample import iddpm_sample
+from iddpm_nb.cli.train import iddpm_train
 from iddpm_nb.data import digits
-from iddpm_nb.interop import to_openai
+from iddpm_nb.interop.openai import to_openai
 from iddpm_nb.sampling import sample
 from iddpm_nb.unet import UNet
-from iddpm_nb.upsample import lower
+from iddpm_nb.conditioning.upsampler import lower
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from iddpm_nb import memory
-from iddpm_nb.bundle import load
+from iddpm_nb.running.model import load
 from iddpm_nb.checks import typed
-from iddpm_nb.cli import iddpm_train
-from iddpm_nb.config import Config, DataConfig, ModelConfig, TrainConfig, describe, fit
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.training.config import Config, DataConfig, ModelConfig, TrainConfig, describe, fit
 from iddpm_nb.data import Images, digits, shipped
-from iddpm_nb.run import saved_config, train_run
+from iddpm_nb.running.run import saved_config, train_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -92,7 +92,7 @@ def test_more_threads_than_a_machine_can_have(tmp_path):
 def test_documented_meanings(tmp_path):
     tiny = ("--steps 2 --warmup 9 --batch 4 --micro 64 --T 20 --channels 8 --mult 1 --save-every 1 "
             "--device cpu --seed 4611686018427387904")
-    with patch("iddpm_nb.run.judge", lambda *args: {}), warnings.catch_warnings():
+    with patch("iddpm_nb.running.run.judge", lambda *args: {}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         status, out, err = typed(iddpm_train, tiny, tmp_path)
     assert status == 0 and saved_config(tmp_path / "runs" / "digits").train.micro == 64, err

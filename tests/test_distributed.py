@@ -16,7 +16,7 @@ from conftest import TINY, clean_env
 LIBRARY = '''
 import sys, torch
 from iddpm_nb.data import Batches, digits, to_float
-from iddpm_nb.distributed import check_agreement, join, spread
+from iddpm_nb.training.distributed import check_agreement, join, spread
 from iddpm_nb.importance import LossSecondMomentSampler
 from iddpm_nb.likelihood import bits_per_dim
 from iddpm_nb.sampling import sample
@@ -141,7 +141,7 @@ def test_a_dead_process_and_a_sigterm_lose_nothing(site, whole, tmp_path):
         assert all(its[k].equal(mine[k]) for k in its), f"{file.name}: the weights differ after resuming"
     assert logged(run)[-1] == 80 and logged(run) == sorted(set(logged(run)))
 
-    from iddpm_nb.cli import iddpm_train
+    from iddpm_nb.cli.train import iddpm_train
     iddpm_train(["--resume", str(run), "--steps", "85", "--device", "cpu"])          # and one process alone can go on
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], result["processes"]) == (85, 1)
@@ -149,9 +149,9 @@ def test_a_dead_process_and_a_sigterm_lose_nothing(site, whole, tmp_path):
 
 def test_two_processes_sample_and_measure_as_one(site, whole):
     from iddpm_nb.data import digits, to_uint8
-    from iddpm_nb.run import load
+    from iddpm_nb.running.run import load
     both = whole.parent / "both.py"                                       # two commands in one start, which is slow
-    both.write_text("from iddpm_nb.cli import iddpm_sample\nfrom iddpm_nb.evaluate import iddpm_eval\niddpm_sample('run --n 5 --steps 10 --out five.png --device cpu'.split())\niddpm_eval('run --n 7 --out bits.json --device cpu'.split())\n")
+    both.write_text("from iddpm_nb.cli.sample import iddpm_sample\nfrom iddpm_nb.cli.evaluate import iddpm_eval\niddpm_sample('run --n 5 --steps 10 --out five.png --device cpu'.split())\niddpm_eval('run --n 7 --out bits.json --device cpu'.split())\n")
     said = torchrun(site, both, folder=whole.parent)
     assert said.count("5 images in") == 1 and said.count("written to") == 1, f"more than one process speaks, or none:\n{said}"
 
@@ -163,6 +163,6 @@ def test_two_processes_sample_and_measure_as_one(site, whole):
 
 
 def test_a_team_that_cannot_meet_says_so(monkeypatch):
-    from iddpm_nb.distributed import join
+    from iddpm_nb.training.distributed import join
     for k, v in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(OSError, match="process 1 of 2 found no way to the others at 127.0.0.1:9"), join("cpu", minutes=0.01): pass

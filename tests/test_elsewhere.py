@@ -30,8 +30,9 @@ def take_away():
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")        # no fork
     take_away()
-    from iddpm_nb.cli import iddpm_sample, iddpm_train
-    from iddpm_nb.evaluate import iddpm_eval
+    from iddpm_nb.cli.sample import iddpm_sample
+    from iddpm_nb.cli.train import iddpm_train
+    from iddpm_nb.cli.evaluate import iddpm_eval
     for command, words in COMMANDS: {"train": iddpm_train, "sample": iddpm_sample, "eval": iddpm_eval}[command](words.split())
     print("all done")
 '''

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 from conftest import TINY, clean_env
 from iddpm_nb import underway
-from iddpm_nb.cli import iddpm_train
+from iddpm_nb.cli.train import iddpm_train
 from PIL import Image
 
 KILLS, STEPS = 4, 160
@@ -29,7 +29,7 @@ VARIANTS = {
 START = """
 import sys
 from iddpm_nb import underway
-from iddpm_nb.cli import iddpm_train
+from iddpm_nb.cli.train import iddpm_train
 underway.curve = lambda folder: None         # most of the time would go into curves
 iddpm_train(sys.argv[1:])
 """

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from iddpm_nb import evaluate, features, tables
-from iddpm_nb.bundle import Bundle
-from iddpm_nb.checkpoint import load_model, save_model
+from iddpm_nb.running.model import Model
+from iddpm_nb.training.checkpoint import load_model, save_model
 from iddpm_nb.checks import crash_at, typed
-from iddpm_nb.cli import iddpm_sample, iddpm_train
-from iddpm_nb.evaluate import EvalOptions, iddpm_eval
-from iddpm_nb.files import reserved
-from iddpm_nb.tables import iddpm_tables
+from iddpm_nb.cli.sample import iddpm_sample
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.cli.evaluate import EvalOptions, iddpm_eval
+from iddpm_nb.training.files import reserved
+from iddpm_nb.reproduction.tables import iddpm_tables
 
 RUN = ("--grey --image-size 16 --attn-resolutions 8 --steps 2 --batch 4 --channels 8 --groups 4 "
        "--num-heads 2 --T 20 --warmup 0 --save-every 2 --device cpu")
@@ -279,7 +280,7 @@ def test_the_other_model_is_looked_at_before_the_measurement(home):
     for line in f"--out eight {small}", f"--class-cond --out cond {RUN}":
         ask(home, f"--data pics {line}", command=iddpm_train)
     np.savez(home / "bare.npz", images=np.zeros((20, 16, 16), np.uint8))
-    with mock.patch.object(Bundle, "bits_per_dim", side_effect=AssertionError("measured")):
+    with mock.patch.object(Model, "bits_per_dim", side_effect=AssertionError("measured")):
         said = ask(home, "run --device cpu --against nope", 1)
         assert "there is no checkpoint" in said and "nope" in said
         said = ask(home, "run --device cpu --against eight", 1)

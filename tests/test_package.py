@@ -62,7 +62,7 @@ def test_official_checkpoint(run, site):
 
 
 def test_diffusers_is_not_imported_unasked(run):
-    said = run("python", "import sys, iddpm_nb.evaluate, iddpm_nb.interop; print('diffusers' in sys.modules)")
+    said = run("python", "import sys, iddpm_nb.cli.evaluate, iddpm_nb.interop.openai; print('diffusers' in sys.modules)")
     assert said.strip() == "False"
 
 
@@ -94,16 +94,16 @@ def test_figures_of_samples_on_disk(run):
 
 
 def test_figures_need_their_extra(run):
-    assert run("python", "import sys, iddpm_nb.evaluate; print('torch_fidelity' in sys.modules)").strip() == "False"
+    assert run("python", "import sys, iddpm_nb.cli.evaluate; print('torch_fidelity' in sys.modules)").strip() == "False"
     run("python", "import numpy as np, iddpm_nb.data as d; np.savez('made.npz', images=d.digits('test').images.numpy())")
-    line = "import sys; sys.modules['torch_fidelity'] = None; from iddpm_nb.evaluate import iddpm_eval; iddpm_eval('made.npz --data digits --fid --device cpu'.split())"
+    line = "import sys; sys.modules['torch_fidelity'] = None; from iddpm_nb.cli.evaluate import iddpm_eval; iddpm_eval('made.npz --data digits --fid --device cpu'.split())"
     said = run("python", line, status=1)
     assert "pip install 'iddpm_nb[eval]'" in said and "Traceback" not in said
 
 
 def test_inception_that_cannot_be_fetched(run):
     run("python", "import numpy as np; np.savez('made.npz', images=np.zeros((4, 8, 8, 3), np.uint8))")
-    line = ("import torch, urllib.error; from unittest import mock; from iddpm_nb.evaluate import iddpm_eval; torch.hub.set_dir('hub')\n"
+    line = ("import torch, urllib.error; from unittest import mock; from iddpm_nb.cli.evaluate import iddpm_eval; torch.hub.set_dir('hub')\n"
             "with mock.patch('torch.hub.download_url_to_file', side_effect=urllib.error.URLError('no network')): iddpm_eval('made.npz --data made.npz --fid --device cpu'.split())")
     said = run("python", line, status=1)
     assert "weights-inception-2015-12-05-6726825d.pth" in said and "hub/checkpoints" in said and "--features" in said and "Traceback" not in said

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from iddpm_nb.data import Batches, Images
-from iddpm_nb.engine import Prefetch, make_batches
-from iddpm_nb.folders import open_images, open_sets
-from iddpm_nb.reading import CLEAR, decoded
+from iddpm_nb.training.loading import Prefetch, make_batches
+from iddpm_nb.images.folders import open_images, open_sets
+from iddpm_nb.images.reading import CLEAR, decoded
 from PIL import Image
 from tqdm import tqdm
 
@@ -704,7 +704,7 @@ def test_a_bar_from_the_first_picture(tmp_path):
     def bar(total, unit, progress):
         assert (total, progress) == (12, True)
         return tqdm(total=total, file=told, disable=False, mininterval=0)
-    with patch("iddpm_nb.folders.progress_bar", bar):
+    with patch("iddpm_nb.images.folders.progress_bar", bar):
         open_sets(str(tmp_path), SIZE, progress=True)
     assert " 0/12" in told.getvalue() and "12/12" in told.getvalue()
 
@@ -728,7 +728,7 @@ def test_memory_without_proc_and_sysconf():
 def test_workers_that_are_spawned(tmp_path):
     fill(tmp_path)
     code = ("import sys, torch, multiprocessing as mp\n"
-            "from iddpm_nb.engine import Prefetch\nfrom iddpm_nb.folders import open_sets\n"
+            "from iddpm_nb.training.loading import Prefetch\nfrom iddpm_nb.images.folders import open_sets\n"
             "if __name__ == '__main__':\n"
             "    d = open_sets(sys.argv[1], 8, on_disk=True)[0]\n"
             "    a = next(Prefetch(d, 4, workers=0))[0]\n"

@@ -19,15 +19,15 @@ import torch
 from conftest import ROOT, clean_env
 from iddpm_nb import engine, underway
 from iddpm_nb import run as runs
-from iddpm_nb.checkpoint import best, checkpoints, read_header
-from iddpm_nb.cli import iddpm_train
-from iddpm_nb.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from iddpm_nb.evaluate import EvalOptions, Subject, image_sets
-from iddpm_nb.files import checksum
-from iddpm_nb.folders import open_images
-from iddpm_nb.run import new_folder, train_run
+from iddpm_nb.training.checkpoint import best, checkpoints, read_header
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.cli.evaluate import EvalOptions, Subject, image_sets
+from iddpm_nb.training.files import checksum
+from iddpm_nb.images.folders import open_images
+from iddpm_nb.running.run import new_folder, train_run
 from iddpm_nb.train import EMA
-from iddpm_nb.watching import read_log
+from iddpm_nb.training.log import read_log
 from PIL import Image
 
 OPTIONS = ("--channels 8 --groups 4 --num-heads 2 --mult 1 --attn-resolutions "
@@ -91,7 +91,7 @@ def test_new_folders_are_nobody_elses(tmp_path):
 
 def start(*args, folder, **how):
     env = clean_env(PYTHONPATH=str(ROOT)) | how.pop("env", {})
-    code = "import sys; from iddpm_nb.cli import iddpm_train; iddpm_train(sys.argv[1:])"
+    code = "import sys; from iddpm_nb.cli.train import iddpm_train; iddpm_train(sys.argv[1:])"
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) | how
     line = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.Popen(line, cwd=folder, env=env, **how)
@@ -246,10 +246,10 @@ def test_held_out_images_are_measured_in_portions(tmp_path):
     asked = []
     class Counting(torch.nn.Module):
         def forward(self, x, t): asked.append(len(x)); return torch.cat([x, x], 1)
-    from iddpm_nb.bundle import Bundle
+    from iddpm_nb.running.model import Model
     from iddpm_nb.data import Images, digits
     from iddpm_nb.schedule import make_schedule
-    model = Bundle(Counting(), make_schedule("cosine", 20), {"network": {}, "shape": [1, 8, 8]})
+    model = Model(Counting(), make_schedule("cosine", 20), {"network": {}, "shape": [1, 8, 8]})
     held, c = Images(digits("test").images[:50]), tiny(precision="float32")
     with patch.object(underway, "images_at_a_time", lambda *a: 16):
         parts = underway.held_out_loss(model, c, held)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from iddpm_nb import underway
-from iddpm_nb.cli import iddpm_train
-from iddpm_nb.run import train_run
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.running.run import train_run
 from iddpm_nb.unet import UNet
 from test_runs import NO_MEMORY, pictures, tiny
 

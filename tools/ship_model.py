@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from iddpm_nb.checkpoint import save_model
-from iddpm_nb.run import load
+from iddpm_nb.training.checkpoint import save_model
+from iddpm_nb.running.run import load
 
 run, models = Path(sys.argv[1]), Path(__file__).parent.parent / "nbs" / "models"
 model = load(run)

@@ -1,0 +1,1 @@
+"""Networks that are told more: classes, and small images to enlarge."""

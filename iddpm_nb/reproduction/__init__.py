@@ -1,0 +1,1 @@
+"""The paper's tables and claims, line by line, and the theory of few steps."""

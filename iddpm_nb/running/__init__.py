@@ -1,0 +1,1 @@
+"""A trained model in one hand, and a run in one call."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .checks import require
+from .pictures import progress_bar
 from .forward import Schedule, model_time, q_sample
 from .losses import prior_term, vlb_term
-from .pictures import progress_bar
 from .sampling import evaluating, normal, portions
 
 # %% ../nbs/10_likelihood.ipynb #d037abdc

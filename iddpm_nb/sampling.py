@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from .checks import require
-from .forward import Schedule, at, model_time
 from .pictures import progress_bar
+from .forward import Schedule, at, model_time
 from .posterior import eps_from_x0
 from .variance import p_gaussian
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .forward import Schedule, at
-from .posterior import (clipped_beta_tilde, data_weights, eps_from_x0, posterior_logvar, posterior_mean,
-                                x0_from_eps)
+from .posterior import (clipped_beta_tilde, data_weights, eps_from_x0, posterior_logvar,
+                                posterior_mean, x0_from_eps)
 
 # %% ../nbs/04_learned_variance.ipynb #a08eb3f8
 def fixed_logvar(

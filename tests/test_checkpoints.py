@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clean_env
-from iddpm_nb import checkpoint, watching
+from iddpm_nb.training import checkpoint, log as watching
 from iddpm_nb.training.checkpoint import (build, checkpoints, load_model, resume, save_checkpoint,
                                           save_model)
 from iddpm_nb.conditioning.labels import Dropping
@@ -432,7 +432,7 @@ def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, once):
 def test_a_backend_that_nobody_knows(tmp_path):
     log(tmp_path, M)
     code = f"from iddpm_nb.training.log import curve; curve({str(tmp_path)!r}); print('on')"
-    env = clean_env(MPLBACKEND="nonsense", PYTHONPATH=str(Path(watching.__file__).parents[1]))
+    env = clean_env(MPLBACKEND="nonsense", PYTHONPATH=str(Path(watching.__file__).parents[2]))
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert p.stdout == "on\n" and "was not drawn" in p.stderr and "Traceback" not in p.stderr
 

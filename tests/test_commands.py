@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from iddpm_nb import bundle, cli
+from iddpm_nb.cli import convert, sample as sampling, train
 from iddpm_nb.training.checkpoint import checkpoints
 from iddpm_nb.checks import CALLS, crash_at
 from iddpm_nb.cli.convert import iddpm_convert
@@ -20,6 +20,7 @@ from iddpm_nb.cli.sample import iddpm_sample
 from iddpm_nb.cli.train import iddpm_train
 from iddpm_nb.data import digits
 from iddpm_nb.interop.openai import to_openai
+from iddpm_nb.running import model as models
 from iddpm_nb.sampling import sample
 from iddpm_nb.unet import UNet
 from iddpm_nb.conditioning.upsampler import lower
@@ -195,7 +196,8 @@ def idle(monkeypatch):
     "The work of the commands, left undone: what they were asked for."
     seen = []
     def note(*args, **kwargs): seen.append((args, kwargs))
-    for name in ("draw", "train_run"): monkeypatch.setattr(cli, name, note)
+    monkeypatch.setattr(sampling, "draw", note)
+    monkeypatch.setattr(train, "train_run", note)
     return seen
 
 
@@ -231,7 +233,8 @@ OURS = RuntimeError("a fault of ours"), KeyError("a fault of ours"), AttributeEr
 @pytest.mark.parametrize("command", [iddpm_sample, iddpm_train, iddpm_convert])
 def test_memory_that_runs_out_is_a_sentence_with_a_hint(monkeypatch, command, error):
     def fail(*args, **kwargs): raise error
-    for name in ("load", "train_run", "read_openai"): monkeypatch.setattr(cli, name, fail)
+    for module, name in (sampling, "load"), (train, "train_run"), (convert, "read_openai"):
+        monkeypatch.setattr(module, name, fail)
     words = {iddpm_sample: ["base"], iddpm_train: TRAIN, iddpm_convert: ["official.pt"]}
     said = refused(command, *words[command])
     assert "--micro" in said and "--chunk" in said
@@ -240,7 +243,7 @@ def test_memory_that_runs_out_is_a_sentence_with_a_hint(monkeypatch, command, er
 @pytest.mark.parametrize("error", OURS)
 def test_faults_of_ours_are_not_hidden(monkeypatch, error):
     def fail(*args, **kwargs): raise error
-    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.setattr(sampling, "load", fail)
     with pytest.raises(type(error)): ask(iddpm_sample, "base")
 
 
@@ -254,14 +257,14 @@ def made(folder, name):
 
 def spied(monkeypatch):
     "What labels the networks are shown."
-    seen, real = [], cli.load
+    seen, real = [], sampling.load
     def note(net, args, kwargs):
         if kwargs["y"].device.type == "cpu": seen.append(kwargs["y"])
     def load(*args):
         model = real(*args)
         model.net.register_forward_pre_hook(note, with_kwargs=True)
         return model
-    monkeypatch.setattr(cli, "load", load)
+    monkeypatch.setattr(sampling, "load", load)
     return seen
 
 
@@ -272,7 +275,7 @@ def test_labels_drawn_at_random_are_written(monkeypatch, tmp_path):
     f, _ = made(tmp_path, "a")
     assert all(f["labels"].tolist() == y.tolist() for y in seen) and len(np.unique(f["labels"])) > 1
     assert f["classes"].tolist() == NAMES
-    model, chance = bundle.load("classes"), torch.Generator().manual_seed(5)
+    model, chance = models.load("classes"), torch.Generator().manual_seed(5)
     y = torch.randint(3, (9,), generator=chance)      # the images that this seed has always given
     how = dict(generator=chance, cond={"y": y}, progress=False)
     x = sample(model.net, model.schedule, (9, 1, 8, 8), 2, **how)
@@ -280,7 +283,7 @@ def test_labels_drawn_at_random_are_written(monkeypatch, tmp_path):
     assert y.tolist() == f["labels"].tolist()
     line = [*TRAIN, "--class-cond", "--data", tmp_path / "a.npz", "--out", tmp_path / "next"]
     status, _, err = ask(iddpm_train, *line)                          # and they are data again
-    assert status == 0 and bundle.load(tmp_path / "next").config["classes"] == NAMES, err
+    assert status == 0 and models.load(tmp_path / "next").config["classes"] == NAMES, err
 
 
 def test_labels_of_two_stages_are_written(monkeypatch, tmp_path):
@@ -309,7 +312,7 @@ def test_of_many_images_a_picture_shows_some(tmp_path):
 
 def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path):
     def fail(*args, **kwargs): raise MemoryError("Unable to allocate 80. GiB")
-    monkeypatch.setattr(cli, "image_grid", fail)
+    monkeypatch.setattr(sampling, "image_grid", fail)
     status, out, err = ask(iddpm_sample, "base", *FEW, tmp_path / "a.png")
     assert status == 0 and "a.npz" in out and "a.png" not in out
     assert err.count("\n") == 1 and "80. GiB" in err
@@ -317,14 +320,14 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path):
 
 
 def test_the_name_is_taken_before_the_sampling(monkeypatch, tmp_path):
-    real, inner = cli.sampled, []
+    real, inner = sampling.sampled, []
     def sampled(*args):
         if not inner:                                                  # meanwhile another one comes
             inner.append(None)
             inner[0] = [ask(iddpm_sample, *line, "--out", tmp_path / "a.png"),
                         ask(iddpm_sample, *line)]
         return real(*args)
-    monkeypatch.setattr(cli, "sampled", sampled)
+    monkeypatch.setattr(sampling, "sampled", sampled)
     line = ["base", "--n", 3, "--steps", 3]
     assert ask(iddpm_sample, *line, "--out", tmp_path / "a.png")[0] == 0
     (status, _, err), (other, out, _) = inner[0]
@@ -332,12 +335,12 @@ def test_the_name_is_taken_before_the_sampling(monkeypatch, tmp_path):
 
 
 def test_the_name_of_a_conversion_is_taken_before_it(monkeypatch, tmp_path):
-    real, inner = cli.read_openai, []
+    real, inner = convert.read_openai, []
     line = ["official.pt", *KNOWN, "--out", tmp_path / "a.safetensors"]
     def read(*args, **given):
         if not inner: inner.append(refused(iddpm_convert, *line))
         return real(*args, **given)
-    monkeypatch.setattr(cli, "read_openai", read)
+    monkeypatch.setattr(convert, "read_openai", read)
     assert ask(iddpm_convert, *line)[0] == 0 and "a.safetensors is taken" in inner[0]
 
 
@@ -410,14 +413,14 @@ def test_help_in_a_narrow_terminal(monkeypatch):
 
 def test_a_warning_is_one_line(monkeypatch):
     def warn(*args): warnings.warn("some\nthing", stacklevel=1)
-    monkeypatch.setattr(cli, "draw", warn)
+    monkeypatch.setattr(sampling, "draw", warn)
     assert ask(iddpm_sample, "base")[2] == "iddpm_sample: some\\nthing\n"
 
 
 def typed(*words, first="pass", **how):
     "Start a sampling in a process of its own."
-    line = f"import os; from iddpm_nb import cli; {first}; cli.iddpm_sample({[*map(str, words)]!r})"
-    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent), "TQDM_DISABLE": "1"}
+    line = f"import os; from iddpm_nb.cli import sample; {first}; sample.iddpm_sample({[*map(str, words)]!r})"
+    env = os.environ | {"PYTHONPATH": str(Path(sampling.__file__).parents[2]), "TQDM_DISABLE": "1"}
     how = {"stderr": subprocess.PIPE, "env": env | {"OMP_NUM_THREADS": "1"}} | how
     return subprocess.Popen([sys.executable, "-c", line], **how)
 
@@ -461,12 +464,12 @@ def test_two_at_once_and_outputs_that_are_not_there(tmp_path):
     assert lost.wait() == 0 and len(made(tmp_path, "b")[0]["images"]) == 2 and made(tmp_path, "a")
 
 
-@pytest.mark.parametrize("where", ["cli.image_grid", "os.replace"])
+@pytest.mark.parametrize("where", ["sample.image_grid", "os.replace"])
 def test_killed_by_a_signal_the_same_command_works_again(tmp_path, where):
     line = ["base", *FEW, tmp_path / "a.png"]
     p = typed(*line, first=f"{where} = lambda *args: os.kill(os.getpid(), 9)")
     assert p.communicate() and p.returncode == -signal.SIGKILL and not (tmp_path / "a.png").exists()
-    assert (tmp_path / "a.npz").exists() == (where == "cli.image_grid")
+    assert (tmp_path / "a.npz").exists() == (where == "sample.image_grid")
     status, _, err = ask(iddpm_sample, *line)
     assert status == 0 and len(made(tmp_path, "a")[0]["images"]) == 3, err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.png"]
@@ -532,18 +535,18 @@ def test_averages_are_not_believed(tmp_path, averages):
 def test_weights_without_their_average_are_named(tmp_path):
     file = next(Path("classes/checkpoints").glob("*/model.safetensors"))
     (tmp_path / "model.safetensors").write_bytes(file.read_bytes())
-    with pytest.warns(UserWarning, match="has no ema_0.995"): bundle.load(tmp_path)
+    with pytest.warns(UserWarning, match="has no ema_0.995"): models.load(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bundle.load(tmp_path, "model")
+        models.load(tmp_path, "model")
 
 
 def test_the_latest_checkpoint_is_read_and_not_the_others(monkeypatch):
     line = [*TRAIN, "--steps", 6, "--data", "low.npz", "--out", "long", "--keep", 3]
     assert ask(iddpm_train, *line)[0] == 0
-    read, real = [], bundle.whole
-    monkeypatch.setattr(bundle, "whole", lambda p: read.append(p.name) or real(p))
-    bundle.load("long")
+    read, real = [], models.whole
+    monkeypatch.setattr(models, "whole", lambda p: read.append(p.name) or real(p))
+    models.load("long")
     assert read == [checkpoints(Path("long/checkpoints"))[-1].name] == ["0000006"]
 
 
@@ -565,10 +568,10 @@ def classifier():
 
 
 @pytest.mark.parametrize("make", [guided, classifier])
-@pytest.mark.parametrize("words", [["iddpm_convert", *KNOWN], ["iddpm_convert"], ["iddpm_sample"]])
+@pytest.mark.parametrize("words", [[iddpm_convert, *KNOWN], [iddpm_convert], [iddpm_sample]])
 def test_files_of_guided_diffusion_are_named_as_such(tmp_path, make, words):
     torch.save(make(), tmp_path / "256x256_diffusion.pt")
-    said = refused(getattr(cli, words[0]), tmp_path / "256x256_diffusion.pt", *words[1:])
+    said = refused(words[0], tmp_path / "256x256_diffusion.pt", *words[1:])
     assert "guided-diffusion" in said and ("classifier" in said) == (make is classifier)
 
 
@@ -585,7 +588,7 @@ def test_tensors_that_say_more_than_the_file_holds(tmp_path):
 
 def test_auto_passes_over_what_is_no_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    line = [*TRAIN, "--data", Path(cli.__file__), "--resume", "auto"]
+    line = [*TRAIN, "--data", Path(sampling.__file__), "--resume", "auto"]
     line[line.index("--data") + 1] = tmp_path / "low.npz"
     np.savez("low.npz", images=np.zeros((20, 8, 8), np.uint8))
     for name, text in ("a", "{}"), ("b", "not JSON"), ("c", "[]"), ("d", '{"data": 5}'):
@@ -602,7 +605,7 @@ def test_auto_passes_over_what_is_no_run(monkeypatch, tmp_path):
 
 def test_a_preset_beside_auto_is_compared(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "train_run", lambda c, *args, **more: seen.append((c, args, more)))
+    monkeypatch.setattr(train, "train_run", lambda c, *args, **more: seen.append((c, args, more)))
     line = "--resume auto --out classes --preset cifar10 --new-data"
     assert ask(iddpm_train, *line.split())[0] == 0
     c, (out, folder, _), more = seen[0]
@@ -617,14 +620,14 @@ def test_git_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
     (tmp_path / "git").write_text("#!/bin/sh\nsleep 100\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    bundle.commit.cache_clear()
+    models.commit.cache_clear()
     try:
-        with soon(20): assert bundle.commit() is None
-    finally: bundle.commit.cache_clear()
+        with soon(20): assert models.commit() is None
+    finally: models.commit.cache_clear()
 
 
 def test_seeds_of_the_library():
-    model = bundle.load("base")
+    model = models.load("base")
     for seed in (-1, 2**63, 2**64):
         with pytest.raises(ValueError, match="a seed is a whole number"): model.sample(1, 2, seed)
         with pytest.raises(ValueError, match="a seed is a whole number"):

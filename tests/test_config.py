@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from iddpm_nb import memory
+from iddpm_nb.training import memory
 from iddpm_nb.running.model import load
 from iddpm_nb.checks import typed
 from iddpm_nb.cli.train import iddpm_train
@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-MODEL = shipped("digits.npz").parents[2] / "nbs" / "models" / "digits.safetensors"
+MODEL = shipped("digits.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_a_dead_process_and_a_sigterm_lose_nothing(site, whole, tmp_path):
 
 def test_two_processes_sample_and_measure_as_one(site, whole):
     from iddpm_nb.data import digits, to_uint8
-    from iddpm_nb.running.run import load
+    from iddpm_nb.running.model import load
     both = whole.parent / "both.py"                                       # two commands in one start, which is slow
     both.write_text("from iddpm_nb.cli.sample import iddpm_sample\nfrom iddpm_nb.cli.evaluate import iddpm_eval\niddpm_sample('run --n 5 --steps 10 --out five.png --device cpu'.split())\niddpm_eval('run --n 7 --out bits.json --device cpu'.split())\n")
     said = torchrun(site, both, folder=whole.parent)

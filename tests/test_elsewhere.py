@@ -24,7 +24,7 @@ def take_away():
         return is_there(file, *args, **more)
     builtins.open = io.open = not_here
     psutil.virtual_memory = lambda: type("Memory", (), {"available": 2**31, "total": 2**32})
-    from iddpm_nb import files
+    from iddpm_nb.training import files
     files.fcntl = None
 
 if __name__ == "__main__":

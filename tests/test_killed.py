@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from conftest import TINY, clean_env
-from iddpm_nb import underway
+from iddpm_nb.running import underway
 from iddpm_nb.cli.train import iddpm_train
 from PIL import Image
 
@@ -28,7 +28,7 @@ VARIANTS = {
 }
 START = """
 import sys
-from iddpm_nb import underway
+from iddpm_nb.running import underway
 from iddpm_nb.cli.train import iddpm_train
 underway.curve = lambda folder: None         # most of the time would go into curves
 iddpm_train(sys.argv[1:])

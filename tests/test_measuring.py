@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from iddpm_nb import evaluate, features, tables
+from iddpm_nb.cli import evaluate
+from iddpm_nb.measuring import features
+from iddpm_nb.reproduction import tables
 from iddpm_nb.running.model import Model
 from iddpm_nb.training.checkpoint import load_model, save_model
 from iddpm_nb.checks import crash_at, typed

@@ -1,12 +1,30 @@
 """The wheel, used as a user uses it: in another folder, without the checkout, without a network."""
 import json
 
-from conftest import TINY
+from conftest import ROOT, TINY
 
 
 def test_digits_travel_in_the_wheel(run, site):
     said = run("python", "import iddpm_nb.data as d; x = d.digits(); print(d.__file__, len(x), len(d.digits('test')), tuple(x.images.shape))")
     assert str(site) in said and "1500 297 (1500, 1, 8, 8)" in said
+
+
+def test_the_shipped_model_travels_in_the_wheel(run, site):
+    shape = "import iddpm_nb; print(tuple(iddpm_nb.load('digits').sample(2, 3).shape))"
+    assert "(2, 1, 8, 8)" in run("python", shape)
+    assert "2 images" in run("iddpm_sample", "digits", "--n", "2", "--steps", "3", "--device", "cpu")
+    assert (run.folder / "samples_2x3.png").exists()             # here, and not beside the weights
+    assert "bits/dim" in run("iddpm_eval", "digits", "--n", "4", "--num-t", "12", "--device", "cpu")
+    (run.folder / "digits").mkdir()                              # what is there comes first
+    assert "neither a run" in run("iddpm_sample", "digits", "--n", "2", "--device", "cpu", status=1)
+
+
+def test_what_is_in_the_wheel(site):
+    shipped = {p.name for p in (ROOT / "data" / "shipped").iterdir()}
+    kept = {p.name: p.stat().st_size for p in (site / "iddpm_nb" / "_data").iterdir() if p.is_file()}
+    assert shipped == kept.keys() and sum(kept.values()) < 5_000_000
+    there = {p.relative_to(ROOT) for p in (ROOT / "iddpm_nb").rglob("*.py")}
+    assert there == {p.relative_to(site) for p in (site / "iddpm_nb").rglob("*.py")}
 
 
 def test_what_is_not_needed_is_not_imported(run):
@@ -15,7 +33,9 @@ def test_what_is_not_needed_is_not_imported(run):
 
 
 def test_no_fastcore_at_runtime(site):
-    assert not [p for p in (site / "iddpm_nb").glob("*.py") if "fastcore" in p.read_text() and p.name != "_modidx.py"]
+    modules = list((site / "iddpm_nb").rglob("*.py"))
+    assert len(modules) > 40
+    assert not [p for p in modules if "fastcore" in p.read_text() and p.name != "_modidx.py"]
 
 
 def test_commands(run):

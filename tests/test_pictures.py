@@ -518,7 +518,8 @@ TYPED = ("--image-size 8 --attn-resolutions 4 --steps 1 --batch 4 --channels 8 -
 def test_zoo_through_the_command(f, tmp_path, monkeypatch, capsys):
     "What a person types ends well, or in one sentence, for every folder that an animal has made."
     (tmp_path / "zoo").mkdir()
-    from iddpm_nb import cli, run, underway
+    from iddpm_nb.cli.train import iddpm_train
+    from iddpm_nb.running import run, underway
     folders, here = [], sys.modules[__name__]
 
     def noted(real):
@@ -533,7 +534,7 @@ def test_zoo_through_the_command(f, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(underway, "curve", lambda folder: None)
     for i, folder in enumerate(dict.fromkeys(folders)):
         capsys.readouterr()
-        try: cli.iddpm_train(["--data", str(folder), "--out", str(tmp_path / f"run{i}"), *TYPED])
+        try: iddpm_train(["--data", str(folder), "--out", str(tmp_path / f"run{i}"), *TYPED])
         except SystemExit as e: status = e.code
         else: status = 0
         out, err = capsys.readouterr()
@@ -687,7 +688,7 @@ def test_a_position_that_points_nowhere():
 def test_every_file_is_decoded_once_by_several_threads(tmp_path):
     import threading
 
-    from iddpm_nb import folders
+    from iddpm_nb.images import folders
     fill(tmp_path, 30)
     seen, real = [], folders.decoded
     def decoded(data, *how):
@@ -742,9 +743,9 @@ def test_workers_that_are_spawned(tmp_path):
 def test_a_worker_that_is_killed(tmp_path):
     import signal
 
-    from iddpm_nb import engine
-    class Killed(engine.Rows):
+    from iddpm_nb.training import loading
+    class Killed(loading.Rows):
         def __getitems__(self, i): os.kill(os.getpid(), signal.SIGKILL)
     d = Images(torch.zeros(4, 1, 4, 4, dtype=torch.uint8))
-    with patch.object(engine, "Rows", Killed), pytest.raises(OSError, match="--workers 1 or 0"):
+    with patch.object(loading, "Rows", Killed), pytest.raises(OSError, match="--workers 1 or 0"):
         next(Prefetch(d, 2, workers=1))

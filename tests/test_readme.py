@@ -71,9 +71,11 @@ def shorter(c):
 @pytest.fixture
 def quick(monkeypatch, official):
     "Less to compute behind the same words."
-    from iddpm_nb import cli, scales, tables, unet
-    train_run, forward, SCALES = cli.train_run, unet.UNet.forward, scales.SCALES
-    monkeypatch.setattr(cli, "train_run", lambda c, *args, **more: train_run(shorter(c), *args, **more))
+    from iddpm_nb import unet
+    from iddpm_nb.cli import train
+    from iddpm_nb.reproduction import lines, tables
+    train_run, forward, SCALES = train.train_run, unet.UNet.forward, lines.SCALES
+    monkeypatch.setattr(train, "train_run", lambda c, *args, **more: train_run(shorter(c), *args, **more))
 
     def at_once(net, x, t, y=None):                   # large images are not really drawn
         if torch.is_grad_enabled() or x.shape[-1] < 32: return forward(net, x, t, y)
@@ -134,13 +136,14 @@ class Few:
         self.data = torch.randint(0, 256, (32, 32, 32, 3), generator=g, dtype=torch.uint8).numpy()
         self.targets = [i % 10 for i in range(32)]
 torchvision.datasets.CIFAR10 = Few
-from iddpm_nb import cli, config
+from iddpm_nb.cli import train
+from iddpm_nb.training import config
 paper = config.PRESETS["cifar10"]
 config.PRESETS["cifar10"] = dataclasses.replace(
     paper, model=dataclasses.replace(paper.model, channels=8, groups=4, num_res_blocks=1, num_heads=2),
     diffusion=dataclasses.replace(paper.diffusion, T=4),
     train=dataclasses.replace(paper.train, steps=3, batch=16, save_every=3))
-cli.iddpm_train(sys.argv[1:])
+train.iddpm_train(sys.argv[1:])
 '''
 
 

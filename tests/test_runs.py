@@ -17,8 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, clean_env
-from iddpm_nb import engine, underway
-from iddpm_nb import run as runs
+from iddpm_nb.running import run as runs, underway
+from iddpm_nb.training import loading
 from iddpm_nb.training.checkpoint import best, checkpoints, read_header
 from iddpm_nb.cli.train import iddpm_train
 from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
@@ -162,14 +162,14 @@ def test_what_is_ignored_stays_ignored(tmp_path):
 def test_a_system_without_these_signals(tmp_path):
     some = {k: v for k, v in vars(signal).items() if k not in ("SIGHUP", "SIGUSR1")}
     less = types.SimpleNamespace(**some)
-    with patch.object(engine, "signal", less): assert len(engine.stopping()) == 2
-    assert len(engine.stopping()) == 4
+    with patch.object(loading, "signal", less): assert len(loading.stopping()) == 2
+    assert len(loading.stopping()) == 4
 
 
 def test_processes_that_read_ahead_leave_all_signals_to_the_run():
-    before = {n: signal.getsignal(n) for n in engine.stopping()}
+    before = {n: signal.getsignal(n) for n in loading.stopping()}
     try:
-        with warnings.catch_warnings(): engine.undisturbed(0)
+        with warnings.catch_warnings(): loading.undisturbed(0)
         assert all(signal.getsignal(n) == signal.SIG_IGN for n in before)
     finally: [signal.signal(n, handler) for n, handler in before.items()]
 

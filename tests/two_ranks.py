@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from iddpm_nb import underway
+from iddpm_nb.running import underway
 from iddpm_nb.cli.train import iddpm_train
 from iddpm_nb.running.run import train_run
 from iddpm_nb.unet import UNet

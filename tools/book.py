@@ -9,19 +9,36 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbdev.doclinks import nbglob
 
-NBS = Path(__file__).parent.parent / "nbs"
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+# the root is the paper, each folder an appendix; what comes later may need what comes earlier
+FOLDERS = ("", "images", "conditioning", "training", "interop", "measuring", "running", "cli",
+           "reproduction")
 MERGE = "<<<<<<<", ">>>>>>>"
 
 
+def folder(path):
+    "Where a notebook lies: the name of its folder, and nothing for the root."
+    return path.relative_to(NBS).parent.as_posix().strip(".")
+
+
+def place(path):
+    "What sorts notebooks as they are read: the index, the paper, and one appendix after another."
+    if folder(path) not in FOLDERS: sys.exit(f"{path} lies in a folder that has no place in the order")
+    return FOLDERS.index(folder(path)), path.stem != "index", path.name
+
+
 def notebooks():
-    "All notebooks, in the order of their paths."
+    "All notebooks, as they are read."
     found = {p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
     asked = ["git", "ls-files", "-z", "-co", "--exclude-standard", "*.ipynb"]
     said = subprocess.run(asked, cwd=NBS, capture_output=True, text=True, check=True).stdout
     known = {NBS / name for name in said.split("\0") if name and (NBS / name).exists()}
     if found != known: sys.exit(f"git and the folder disagree about notebooks: {found ^ known}")
-    return sorted(found)
+    passed = found - {Path(p).resolve() for p in nbglob(NBS)}
+    if passed: sys.exit(f"nbdev passes over {passed}")
+    return sorted(found, key=place)
 
 
 def faults(path, nb):
@@ -45,20 +62,21 @@ def dead_links(path, nb):
         if not (path.parent / target.partition("#")[0]).exists(): yield f"a link leads to {target}"
 
 
-def neighbours(nb):
-    "The chapters before and after, as the last cell names them."
+def neighbours(path, nb):
+    "The chapters before and after, as the last cell names them; None where it names none."
     last = nb.cells[-1].source
-    return [re.search(rf"{word} \[[^]]+\]\(([^)]+)\)", last) for word in ("Back to", "on to")]
+    found = [re.search(rf"{word} \[[^]]+\]\(([^)]+)\)", last) for word in ("Back to", "on to")]
+    return [m and (path.parent / m[1]).resolve() for m in found]
 
 
 def broken_chain(books):
-    "Where 'Back to' and 'on to' of two chapters do not agree."
-    steps = {p.name: [m and m[1] for m in neighbours(nb)] for p, nb in books.items()}
-    for name, (before, after) in steps.items():
-        if after in steps and after != "index.ipynb" and steps[after][0] != name:
-            yield f"{name}: it leads on to {after}, which leads back to {steps[after][0]}"
-        if before in steps and before != "index.ipynb" and steps[before][1] != name:
-            yield f"{name}: it leads back to {before}, which leads on to {steps[before][1]}"
+    "Where 'Back to' and 'on to' do not lead through all chapters in their order."
+    index, *order = books
+    for k, path in enumerate(order):
+        want = [index, *order][k], order[k + 1] if k + 1 < len(order) else None
+        for word, wanted, said in zip(("back to", "on to"), want, neighbours(path, books[path])):
+            if said != wanted:
+                yield f"{path.relative_to(NBS)}: it should lead {word} {wanted}, not {said}"
 
 
 def main():

@@ -1,65 +1,75 @@
 """The folders of the package, the arrows between them, and no arrow upward: python tools/layers.py
 
-A module imports from earlier chapters only: first those of the root, which is the paper, then folder by
-folder in the order of FOLDERS. An arrow upward fails, and so does an import that hides in a text.
+A module imports from earlier chapters only (the order is that of `book.py`). An arrow upward fails, and so does
+an import that hides in a text, as in import_module("iddpm_nb.train").
 """
 import ast
 import sys
-from pathlib import Path
 
+import nbformat
+from book import FOLDERS, folder, notebooks
 from nbdev.config import get_config
 
-FOLDERS = ("", "images", "conditioning", "training", "interop", "measuring", "running", "cli", "reproduction")
 EXPORTS = "#| default_exp "
 
 
 def chapters():
-    "Modules in the order of their chapters: name -> place."
-    from book import NBS, notebooks
-    import nbformat
-    found = []
+    "The modules, in the order of the chapters that export them."
     for path in notebooks():
-        cells = nbformat.read(path, 4).cells
-        homes = [c.source.removeprefix(EXPORTS).split()[0] for c in cells if c.source.startswith(EXPORTS)]
-        folder = path.relative_to(NBS).parent.as_posix().strip(".")
-        if folder not in FOLDERS: sys.exit(f"{path} lies in a folder that has no place in the order")
-        for name in homes:
-            if name.rpartition(".")[0] != folder: sys.exit(f"{path} exports {name}, a module of another folder")
-            found.append((FOLDERS.index(folder), path.name, name))
-    return {name: k for k, (_, _, name) in enumerate(sorted(found))}
+        for c in nbformat.read(path, 4).cells:
+            if not c.source.startswith(EXPORTS): continue
+            name = c.source.removeprefix(EXPORTS).split()[0]
+            if home(name) != folder(path): sys.exit(f"{path} exports {name}, of another folder")
+            yield name
 
 
-def imported(path, lib, name):
-    "Modules of the package that a module imports, also within its functions; and imports by name."
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names if a.name.split(".")[0] == lib)
+def home(name):
+    "The folder of a module."
+    return name.rpartition(".")[0]
+
+
+def imported(tree, lib, name):
+    "What a module imports of the package, also within its functions, by full names."
+    package = [lib, *name.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
         if isinstance(node, ast.ImportFrom):
-            here = [lib, *name.split(".")]
-            start = ".".join(here[:len(here) - node.level]) + "." if node.level else ""
-            source = start + (node.module or "")
-            if source.split(".")[0] == lib: yield from [source.strip(".")] if node.module else [start + a.name for a in node.names]
+            start = package[:len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*start, *([node.module] if node.module else [])])
+            yield source
+            yield from (f"{source}.{a.name}" for a in node.names)
         if isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
-            if any(isinstance(a, ast.Constant) and str(a.value).startswith(lib) for a in node.args): yield f"{lib}.{ast.unparse(node)}"
+            words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            if any(str(w).startswith(lib) for w in words): yield f"{lib}.{ast.unparse(node)}"
+
+
+def faults(name, source, order):
+    "What is wrong with an arrow."
+    if "(" in source: yield f"{name} hides an import: {source}"
+    elif order.index(source) >= order.index(name): yield f"{name} imports {source}, which comes later"
+
+
+def arrows(cfg, order):
+    "All imports between modules: who, whom. A name that is no module's is a function, say."
+    for name in order:
+        tree = ast.parse((cfg.lib_path / f"{name.replace('.', '/')}.py").read_text())
+        found = {s.removeprefix(f"{cfg.lib_name}.") for s in imported(tree, cfg.lib_name, name)}
+        yield from ((name, s) for s in sorted(found) if s in order or "(" in s)
 
 
 def main():
     cfg = get_config()
-    lib, order = cfg.lib_name, chapters()
-    bad, arrows = [], {}
-    for name in order:
-        path = cfg.lib_path / (name.replace(".", "/") + ".py")
-        for source in imported(path, lib, name):
-            source = source.removeprefix(lib).strip(".")
-            if source in ("", "__version__"): continue
-            if source not in order: bad.append(f"{name} imports {source}, which no chapter exports")
-            elif order[source] >= order[name]: bad.append(f"{name} imports {source}, which comes later")
-            else: arrows.setdefault(name.rpartition(".")[0], set()).add(source.rpartition(".")[0])
-    for folder in FOLDERS:
-        modules = [name.rpartition(".")[2] for name in order if name.rpartition(".")[0] == folder]
-        below = [f or "root" for f in FOLDERS if f in arrows.get(folder, ()) and f != folder]
-        print(f"{folder or 'root':13}{' '.join(modules)}")
-        if below: print(f"{'':13}imports from {', '.join(below)}")
-    print("\n".join(bad) or f"{len(order)} modules, no arrow upward")
+    order = list(chapters())
+    found = list(arrows(cfg, order))
+    stray = {p.relative_to(cfg.lib_path).with_suffix("").as_posix().replace("/", ".")
+             for p in cfg.lib_path.rglob("*.py") if not p.name.startswith("_")} - set(order)
+    bad = [f"{name} is exported by no chapter" for name in sorted(stray)]
+    bad += [fault for name, source in found for fault in faults(name, source, order)]
+    for f in FOLDERS:
+        print(f"{f or 'root':13}{' '.join(n.rpartition('.')[2] for n in order if home(n) == f)}")
+        below = {home(s) for n, s in found if home(n) == f} - {f}
+        if below: print(f"{'':13}imports from {', '.join(b or 'root' for b in FOLDERS if b in below)}")
+    print("\n".join(bad) or f"{len(order)} modules, {len(found)} arrows, none upward")
     sys.exit(bool(bad))
 
 

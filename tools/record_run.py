@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from iddpm_nb.pictures import save_grid
-from iddpm_nb.running.run import load
+from iddpm_nb.running.model import load
 
 run, name = Path(sys.argv[1]), sys.argv[2]
 results = Path(__file__).parent.parent / "results"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated
 import tyro
 from ..checks import require, shown
-from .commands import check_place, command, options
-from ..interop.openai import read_openai
-from ..training.checkpoint import save_model
 from ..training.files import numbered, reserved, sweep
+from ..training.checkpoint import save_model
+from ..interop.openai import read_openai
+from .commands import check_place, command, options
 
 # %% ../../nbs/cli/04_convert.ipynb #42a5284f
 @dataclasses.dataclass(frozen=True)

@@ -16,25 +16,26 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 import tyro
-from ..running.model import TO_SAMPLE, Model, check_room, check_seed, machine, weights_file
-from ..training.checkpoint import read_header
 from ..checks import require, shown
-from .commands import check_place
-from .commands import command, options, printed
-from ..conditioning.labels import labels_by_name
 from ..data import Images, named, to_uint8
-from ..training.described import check_described
-from ..training.distributed import join, spread
-from ..measuring.features import Features, extract, get_features
-from ..training.files import reserved, sweep, write
-from ..images.folders import SUFFIXES, listed, open_images, open_sets, part
-from ..likelihood import histogram_bits
-from ..measuring.compare import as_images, default_cache, measure
-from ..measuring.metrics import fidelity
 from ..pictures import say
-from ..running.run import load, place
 from ..sampling import respace, space_timesteps
+from ..likelihood import histogram_bits
+from ..images.reading import SUFFIXES
+from ..images.folders import listed, open_images, open_sets, part
+from ..conditioning.labels import labels_by_name
 from ..conditioning.upsampler import to_show, what_is_given
+from ..training.files import reserved, sweep, write
+from ..training.described import check_described
+from ..training.checkpoint import read_header
+from ..training.distributed import join, spread
+from ..measuring.metrics import fidelity
+from ..measuring.features import Features, extract, get_features
+from ..measuring.compare import as_images, default_cache, measure
+from ..running.model import (TO_SAMPLE, Model, check_room, check_seed, machine, weights_file,
+                                    load)
+from ..running.run import place
+from .commands import check_place, command, options, printed
 
 # %% ../../nbs/cli/05_evaluate.ipynb #a6847aad
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ import warnings
 from pathlib import Path
 import tyro
 from ..checks import require
-from .commands import command, options
 from ..data import named
-from ..running.run import Config, saved_config, train_run
 from ..training.checkpoint import checkpoints
-from ..training.config import PRESETS
+from ..training.config import PRESETS, Config
+from ..running.run import saved_config, train_run
+from .commands import command, options
 
 # %% ../../nbs/cli/02_train.ipynb #f22f976f
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class TrainOptions(Config):
     preset: str | None = None
     device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
 
+# %% ../../nbs/cli/02_train.ipynb #4dfa4439
 def given(
     args:list, # of a command
     name:str,  # "--name"
@@ -96,6 +97,7 @@ def beginning(
         if int(os.environ.get("WORLD_SIZE", 1)) == 1: raise
         return folder, PRESETS["digits"]   # the others are waiting: `train_run` tells all of them
 
+# %% ../../nbs/cli/02_train.ipynb #2d830090
 @command
 def iddpm_train(args=None):
     "Train a model."

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..checks import require
-from .labels import Dropping, labels_for
 from ..data import Images, to_float
 from ..unet import UNet
+from .labels import Dropping, labels_for
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #469d4cb9
 def block_mean(

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from ..checks import require, shown
-from ..data import TORCHVISION, Images, by_name, few, fits, from_npz, image_sums, named
-from ..data import parts, whole_sum, without_images
+from ..data import (TORCHVISION, Images, by_name, few, fits, from_npz, image_sums, named,
+                           parts, whole_sum, without_images)
 from ..pictures import progress_bar
 from .reading import (SUFFIXES, Unreadable, decoded, fitted, is_picture, kinds,
                                      trouble)

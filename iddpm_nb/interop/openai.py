@@ -21,13 +21,12 @@ from safetensors.torch import load_file
 from torch import nn
 from .. import __version__
 from ..checks import no_memory, require, shown
-from ..training.config import Config, DataConfig, DiffusionConfig, ModelConfig
-from ..training.described import check_described
 from ..forward import Schedule
-from ..training.described import is_ours
 from ..schedule import make_schedule
 from ..unet import UNet
 from ..conditioning.upsampler import Upsampler
+from ..training.described import check_described, is_ours
+from ..training.config import Config, DataConfig, DiffusionConfig, ModelConfig
 
 # %% ../../nbs/interop/01_openai.ipynb #6ab3aa59
 RENAME = [(re.compile(old), new) for old, new in [

@@ -21,11 +21,11 @@ from torch import Tensor
 from .. import __version__
 from ..checks import require, shown
 from ..data import Images, content, named, to_uint8
-from .features import Features, extract
-from ..training.files import sweep, write
 from ..images.folders import Files, open_images
-from .metrics import fidelity, frechet, frechet_infinite, inception_score
-from .metrics import precision_recall, statistics
+from ..training.files import sweep, write
+from .metrics import (fidelity, frechet, frechet_infinite, inception_score,
+                                        precision_recall, statistics)
+from .features import Features, extract
 
 # %% ../../nbs/measuring/03_compare.ipynb #1208fd20
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..checks import no_memory, require, shown
 from ..data import TORCHVISION, Batches, Images, named, to_float, to_uint8
-from ..training.files import checksum
-from ..images.folders import open_images
-from .metrics import fidelity
 from ..pictures import progress_bar
 from ..sampling import evaluating
+from ..images.folders import open_images
+from ..training.files import checksum
+from .metrics import fidelity
 
 # %% ../../nbs/measuring/02_features.ipynb #015fc1ff
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ __all__ = ['SCALES', 'Row', 'paper_rows', 'Scale', 'extras', 'small', 'longer', 
 # %% ../../nbs/reproduction/03_lines.ipynb #3c98e8f0
 from dataclasses import dataclass, replace
 import torch
+from ..data import Images
+from ..unet import UNet
 from ..training.config import (PRESETS, Config, DataConfig, DiffusionConfig, ModelConfig,
                                       TrainConfig, describe)
-from ..data import Images
 from ..training.speed import flops
-from ..unet import UNet
 
 # %% ../../nbs/reproduction/03_lines.ipynb #4f76fd54
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ __all__ = ['excess', 'best_variance', 'Errors', 'squares', 'x0_error', 'carried'
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from ..forward import Schedule, at, model_time, q_sample
 from ..pictures import progress_bar
+from ..forward import Schedule, at, model_time, q_sample
 from ..posterior import data_weights, posterior_logvar
-from ..sampling import evaluating, normal, respace, space_timesteps
 from ..variance import p_gaussian, split_out
+from ..sampling import evaluating, normal, respace, space_timesteps
 
 # %% ../../nbs/reproduction/05_optimal.ipynb #1d6de16b
 def excess(

@@ -12,17 +12,17 @@ import math
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
-from ..running.model import Model
 from ..data import Images, to_float, to_uint8
-from ..training.speed import InPrecision
-from ..measuring.features import Features, extract
 from ..forward import Schedule, model_time, q_sample
 from ..importance import LossSecondMomentSampler
-from ..likelihood import bits_per_dim, choose_t
-from ..measuring.compare import Reference
-from ..measuring.metrics import frechet, statistics
-from ..sampling import respace, sample, space_timesteps
 from ..train import objective
+from ..sampling import respace, sample, space_timesteps
+from ..likelihood import bits_per_dim, choose_t
+from ..training.speed import InPrecision
+from ..measuring.metrics import frechet, statistics
+from ..measuring.features import Features, extract
+from ..measuring.compare import Reference
+from ..running.model import Model
 
 # %% ../../nbs/reproduction/01_studies.ipynb #8ec92f50
 @dataclass(frozen=True, eq=False)

@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Annotated
 import torch
 import tyro
-from ..running.model import Model, load, machine
-from ..training.checkpoint import whole
 from ..checks import require, shown
-from ..cli.commands import command, options, printed
-from ..training.config import Config, check_unchanged, fit
 from ..data import Images
-from ..measuring.features import get_features
-from ..training.files import lock, sweep, write
-from ..images.folders import open_sets
-from ..measuring.compare import reference
-from ..measuring.metrics import fidelity
 from ..pictures import say
+from ..images.folders import open_sets
+from ..training.files import lock, sweep, write
+from ..training.checkpoint import whole
+from ..training.config import Config, check_unchanged, fit
+from ..measuring.metrics import fidelity
+from ..measuring.features import get_features
+from ..measuring.compare import reference
+from ..running.model import Model, load, machine
 from ..running.run import LOCK, pick_device, reading, recall, saved_config, train_run
-from .lines import SCALES, Row, Scale, gpu_hours, row_config
+from ..cli.commands import command, options, printed
 from .studies import (Task, bits, few_steps, full_length, gradients,
-                                           respaced_bits)
-from .studies import samples, skipped
+                                           respaced_bits, samples, skipped)
+from .lines import SCALES, Row, Scale, gpu_hours, row_config
 
 # %% ../../nbs/reproduction/04_tables.ipynb #bbbb0b59
 def read_result(folder:Path) -> dict: # {} if there is none that can be read: then it is made again

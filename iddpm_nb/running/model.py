@@ -21,23 +21,23 @@ import torch
 from torch import Tensor, nn
 from .. import __version__
 from ..checks import require
+from ..data import Images, free_memory, shipped, to_float
+from ..pictures import image_grid
+from ..forward import Schedule
+from ..train import Alone
+from ..sampling import sample
+from ..nearest import class_probs, nearest
+from ..likelihood import Bits, bits_per_dim, histogram_bits
 from ..conditioning.labels import Guided
 from ..conditioning.upsampler import (asked_for, block_mean, lower, side_by_side, to_show,
                                              what_is_given)
-from ..data import Images, free_memory, shipped, to_float
-from ..forward import Schedule
-from ..interop.openai import read_openai
-from ..likelihood import Bits, bits_per_dim, histogram_bits
-from ..nearest import class_probs, nearest
-from ..pictures import image_grid
-from ..sampling import sample
-from ..train import Alone
-from ..training.checkpoint import checkpoints, ema_file, load_model, whole
-from ..training.described import check_described, parsed, told_by
-from ..training.distributed import spread
 from ..training.files import write
-from ..training.memory import images_at_a_time
+from ..training.described import check_described, parsed, told_by
+from ..training.checkpoint import checkpoints, ema_file, load_model, whole
+from ..training.distributed import spread
 from ..training.speed import InPrecision, fast_network, pick_precision
+from ..training.memory import images_at_a_time
+from ..interop.openai import read_openai
 
 # %% ../../nbs/running/01_model.ipynb #1abcb8af
 def check_seed(

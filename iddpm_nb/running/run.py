@@ -16,27 +16,27 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 import torch
-from .model import Model, judge, load, machine
-from ..training.checkpoint import best, build, checkpoints, read_header, resume
 from ..checks import require, shown
+from ..data import Images, label_content, named
+from ..pictures import say
+from ..forward import Schedule
+from ..importance import LossSecondMomentSampler, UniformSampler
+from ..train import Alone, Training, start_training
+from ..images.folders import Files, open_sets
 from ..conditioning.upsampler import conditioned
+from ..training.files import lock, numbered, sweep, write
+from ..training.described import parsed
+from ..training.checkpoint import best, build, checkpoints, read_header, resume
+from ..training.distributed import all_or_none, check_alike, join, spread
 from ..training.config import (Config, as_decided, check_classes, check_config, check_same,
                                       check_unchanged, describe, described_choice, fill, fit,
                                       other_data)
-from ..data import Images, label_content, named
-from ..training.described import parsed
-from ..training.distributed import all_or_none, check_alike, join, spread
-from ..training.speed import fast_network, pick_precision
-from ..training.loading import make_batches
-from ..training.files import lock, numbered, sweep, write
-from ..images.folders import Files, open_sets
-from ..forward import Schedule
-from ..importance import LossSecondMomentSampler, UniformSampler
-from ..training.memory import fit_memory
-from ..pictures import say
-from ..train import Alone, Training, start_training
-from .underway import Work, follow, noted, unless_it_fails
 from ..training.log import read_log
+from ..training.loading import make_batches
+from ..training.speed import fast_network, pick_precision
+from ..training.memory import fit_memory
+from .model import Model, judge, machine
+from .underway import Work, follow, noted, unless_it_fails
 
 # %% ../../nbs/running/03_run.ipynb #ba2ed4c6
 LOCK = ".lock"   # in the folder of a run: held by the process that trains there

@@ -22,20 +22,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from .model import Model, grid_file
-from ..training.checkpoint import checkpoints, mark_best, save_checkpoint
 from ..checks import no_memory, shown
-from ..conditioning.upsampler import asked_for
-from ..training.config import Config
 from ..data import Images, to_float
-from ..training.distributed import check_agreement
-from ..training.loading import stopping
-from ..training.files import write
-from ..forward import model_time, q_sample
-from ..training.memory import images_at_a_time
 from ..pictures import say
+from ..forward import model_time, q_sample
 from ..train import Training, autocast, objective, train
+from ..conditioning.upsampler import asked_for
+from ..training.files import write
+from ..training.checkpoint import checkpoints, mark_best, save_checkpoint
+from ..training.distributed import check_agreement
+from ..training.config import Config
 from ..training.log import board, curve, log, read_log, watch
+from ..training.loading import stopping
+from ..training.memory import images_at_a_time
+from .model import Model, grid_file
 
 # %% ../../nbs/running/02_underway.ipynb #39479726
 @torch.no_grad()

@@ -24,13 +24,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from ..checks import no_memory, require, shown
-from ..conditioning.upsampler import Upsampler
-from .described import check_described, checked, parsed
-from .files import checksum, numbered, sync, write
 from ..forward import Schedule
 from ..schedule import make_schedule
-from ..train import Training, same_layout
 from ..unet import UNet
+from ..train import Training, same_layout
+from ..conditioning.upsampler import Upsampler
+from .files import checksum, numbered, sync, write
+from .described import check_described, checked, parsed
 
 # %% ../../nbs/training/03_checkpoint.ipynb #d51042b1
 def save_model(

@@ -19,10 +19,10 @@ from msgspec import Meta
 from .. import __version__
 from ..checks import require, shown
 from ..data import Images
+from ..train import ema_name
 from .described import (Blocks, Chainlength, Multiples, Noise, Schedules, Share,
                                          Size, Sizes, Text, Variances, Width, check_described,
                                          checked)
-from ..train import ema_name
 
 # %% ../../nbs/training/05_config.ipynb #9c2cc94c
 @dataclass(frozen=True)

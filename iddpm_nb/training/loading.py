@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..checks import require
 from ..data import Batches, Images, fits, mirrored, to_float
 
-# %% ../../nbs/training/07_loading.ipynb #b0a1de35
+# %% ../../nbs/training/07_loading.ipynb #a92c5095
 class Rows(torch.utils.data.Dataset):
     "What a worker does: some images, or one sentence about the one that cannot be read."
     def __init__(self, images): self.images = images
@@ -47,6 +47,7 @@ def fetched(ahead): # the next images that workers have made
                     "out: go on with fewer of them, --workers 1 or 0")
         raise ChildProcessError(sentence) from e
 
+# %% ../../nbs/training/07_loading.ipynb #bad6564b
 def let_go(
     batches, # a weak reference to `Prefetch`
 ):
@@ -57,6 +58,7 @@ def let_go(
         if left: signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in left: process.kill()
 
+# %% ../../nbs/training/07_loading.ipynb #b0a1de35
 class Prefetch(Batches):
     "`Batches` made by workers ahead of time: for `Files`, or `Images` that the device cannot hold."
     def __init__(self, data, batch:int=64, seed:int=0, device="cpu", flip:bool=False,

@@ -19,9 +19,9 @@ from typing import Annotated
 import torch
 from msgspec import UNSET, Meta, Struct, UnsetType
 from ..checks import require, shown
-from .described import checked, parsed
-from .files import write
 from ..pictures import LEARNED, figure, progress_bar
+from .files import write
+from .described import checked, parsed
 
 # %% ../../nbs/training/06_log.ipynb #e0448d15
 def check_finite(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .checkpoint import network
 from ..checks import require
-from .distributed import Wrapped
 from ..data import free_memory
 from ..schedule import make_schedule
-from ..train import Alone, train_step
 from ..unet import WRITTEN_OUT
+from ..train import Alone, train_step
+from .checkpoint import network
+from .distributed import Wrapped
 
 # %% ../../nbs/training/09_memory.ipynb #33059714
 class Alive(TorchDispatchMode):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..checks import require
-from .distributed import Wrapped
 from ..train import autocast
+from .distributed import Wrapped
 
 # %% ../../nbs/training/08_speed.ipynb #6533930a
 def flops(

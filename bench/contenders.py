@@ -34,7 +34,7 @@ def work(net, c):
 
 class Ours:
     """Ours at its defaults: `train` with the hybrid loss, batches gathered from uint8 images on the device, fused AdamW, one EMA
-    updated in each step, gradient norm logged; precision, layout and compiling as `engine` decides. Sampling: `sample`, learned variance."""
+    updated in each step, gradient norm logged; precision, layout and compiling as `training.speed` decides. Sampling: `sample`, learned variance."""
     def __init__(self, c, device, precision="auto", compile="auto"):
         from iddpm_nb.training.speed import fast_network, pick_precision
         from iddpm_nb.schedule import make_schedule

@@ -88,7 +88,7 @@ class Work:
     held: Images|None = None # measured at every checkpoint
     notes: dict = field(default_factory=dict) # see `NOTES`
     say: Callable = say      # where messages go
-    writer: object = None    # see `watching.board`
+    writer: object = None    # see `log.board`
 
     @property
     def writes(self): return self.run.team.rank == 0   # one process of a team does

@@ -36,8 +36,8 @@ class Ours:
     """Ours at its defaults: `train` with the hybrid loss, batches gathered from uint8 images on the device, fused AdamW, one EMA
     updated in each step, gradient norm logged; precision, layout and compiling as `training.speed` decides. Sampling: `sample`, learned variance."""
     def __init__(self, c, device, precision="auto", compile="auto"):
-        from iddpm_nb.training.speed import fast_network, pick_precision
         from iddpm_nb.schedule import make_schedule
+        from iddpm_nb.training.speed import fast_network, pick_precision
         self.c, self.device = c, device
         self.precision = pick_precision(precision, device, c["size"])
         self.net = our_network(c).to(device)
@@ -54,8 +54,8 @@ class Ours:
         return lambda: next(steps)
 
     def sampling(self, n):
-        from iddpm_nb.training.speed import InPrecision
         from iddpm_nb.sampling import sample
+        from iddpm_nb.training.speed import InPrecision
         net = InPrecision(self.ask.eval(), self.precision)
         return lambda: sample(net, self.s, (self.c["batch"], 3, self.c["size"], self.c["size"]), n, progress=False)
 

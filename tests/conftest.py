@@ -1,5 +1,6 @@
 """What a notebook cannot hold: the wheel, the commands as a user types them, processes that are killed."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,17 @@ def clean_env(**more):
     "The environment without this checkout on the path, one thread, no bars."
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "IN_TEST")}
     return env | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"} | more
+
+
+@pytest.fixture
+def heard():
+    "Signals that whoever started pytest ignores (nohup, a script's &) are heard in this test."
+    names = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_IGN}
+    for n in before: signal.signal(n, signal.SIG_DFL if n != signal.SIGINT else signal.default_int_handler)
+    yield
+    for n in before: signal.signal(n, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

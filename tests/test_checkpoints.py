@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import clean_env
+from iddpm_nb.data import Batches, Images
+from iddpm_nb.schedule import make_schedule
+from iddpm_nb.importance import UniformSampler
+from iddpm_nb.train import start_training, train
+from iddpm_nb.conditioning.labels import Dropping
+from iddpm_nb.conditioning.upsampler import Paired
 from iddpm_nb.training import checkpoint, log as watching
+from iddpm_nb.training.files import checksum
 from iddpm_nb.training.checkpoint import (build, checkpoints, load_model, resume, save_checkpoint,
                                           save_model)
-from iddpm_nb.conditioning.labels import Dropping
-from iddpm_nb.data import Batches, Images
-from iddpm_nb.training.files import checksum
-from iddpm_nb.importance import UniformSampler
-from iddpm_nb.schedule import make_schedule
-from iddpm_nb.train import start_training, train
-from iddpm_nb.conditioning.upsampler import Paired
 from iddpm_nb.training.log import board, curve, log, read_log
 
 NETWORK = {"in_channels": 1, "out_channels": 2, "channels": 8, "mult": [1, 1], "num_res_blocks": 1,

@@ -118,11 +118,11 @@ def test_official_layout(run):
 
 TEAM = '''
 import sys, torch
-from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from iddpm_nb.data import digits
-from iddpm_nb.training.distributed import join
-from iddpm_nb.running.run import begin
 from iddpm_nb.train import train
+from iddpm_nb.training.distributed import join
+from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.running.run import begin
 
 data = DataConfig(class_cond=True, label_drop=0.3, upsample_from=4, noise_augment=0.1)
 c = Config(data, ModelConfig(mult=(1,), attn_resolutions=()), DiffusionConfig(T=30), TrainConfig(batch=8, precision="float32", compile="off"))

@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from iddpm_nb.cli import convert, sample as sampling, train
-from iddpm_nb.training.checkpoint import checkpoints
-from iddpm_nb.checks import CALLS, crash_at
-from iddpm_nb.cli.convert import iddpm_convert
-from iddpm_nb.cli.sample import iddpm_sample
-from iddpm_nb.cli.train import iddpm_train
-from iddpm_nb.data import digits
-from iddpm_nb.interop.openai import to_openai
-from iddpm_nb.running import model as models
-from iddpm_nb.sampling import sample
-from iddpm_nb.unet import UNet
-from iddpm_nb.conditioning.upsampler import lower
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from iddpm_nb.checks import CALLS, crash_at
+from iddpm_nb.data import digits
+from iddpm_nb.unet import UNet
+from iddpm_nb.sampling import sample
+from iddpm_nb.conditioning.upsampler import lower
+from iddpm_nb.training.checkpoint import checkpoints
+from iddpm_nb.interop.openai import to_openai
+from iddpm_nb.running import model as models
+from iddpm_nb.cli import convert, sample as sampling, train
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.cli.sample import iddpm_sample
+from iddpm_nb.cli.convert import iddpm_convert
 
 TRAIN = ("--steps 2 --T 20 --batch 4 --channels 8 --groups 4 --num-heads 2 --mult 1 "
          "--attn-resolutions --warmup 0 --save-every 2 --device cpu").split()

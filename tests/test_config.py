@@ -8,16 +8,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from iddpm_nb.training import memory
-from iddpm_nb.running.model import load
-from iddpm_nb.checks import typed
-from iddpm_nb.cli.train import iddpm_train
-from iddpm_nb.training.config import Config, DataConfig, ModelConfig, TrainConfig, describe, fit
-from iddpm_nb.data import Images, digits, shipped
-from iddpm_nb.running.run import saved_config, train_run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from iddpm_nb.checks import typed
+from iddpm_nb.data import Images, digits, shipped
+from iddpm_nb.training import memory
+from iddpm_nb.training.config import Config, DataConfig, ModelConfig, TrainConfig, describe, fit
+from iddpm_nb.running.model import load
+from iddpm_nb.running.run import saved_config, train_run
+from iddpm_nb.cli.train import iddpm_train
 
 MODEL = shipped("digits.safetensors")
 

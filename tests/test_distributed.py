@@ -16,13 +16,13 @@ from conftest import TINY, clean_env
 LIBRARY = '''
 import sys, torch
 from iddpm_nb.data import Batches, digits, to_float
-from iddpm_nb.training.distributed import check_agreement, join, spread
-from iddpm_nb.importance import LossSecondMomentSampler
-from iddpm_nb.likelihood import bits_per_dim
-from iddpm_nb.sampling import sample
 from iddpm_nb.schedule import make_schedule
-from iddpm_nb.train import start_training, train
+from iddpm_nb.importance import LossSecondMomentSampler
 from iddpm_nb.unet import UNet
+from iddpm_nb.train import start_training, train
+from iddpm_nb.sampling import sample
+from iddpm_nb.likelihood import bits_per_dim
+from iddpm_nb.training.distributed import check_agreement, join, spread
 
 def twenty_steps(team):
     s = make_schedule("cosine", 20)

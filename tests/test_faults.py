@@ -3,10 +3,10 @@ import warnings
 
 import pytest
 import torch
-from iddpm_nb.training.checkpoint import checkpoints, resume, save_checkpoint, whole
 from iddpm_nb.data import Batches, Images
 from iddpm_nb.importance import LossSecondMomentSampler, UniformSampler
 from iddpm_nb.train import start_training
+from iddpm_nb.training.checkpoint import checkpoints, resume, save_checkpoint, whole
 from iddpm_nb.training.log import read_metrics
 
 

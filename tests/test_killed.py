@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 from conftest import TINY, clean_env
+from PIL import Image
 from iddpm_nb.running import underway
 from iddpm_nb.cli.train import iddpm_train
-from PIL import Image
 
 KILLS, STEPS = 4, 160
 SMALL = ("--channels 8 --groups 4 --num-heads 2 --mult 1 --attn-resolutions --T 20 --batch 8 "
@@ -108,15 +108,17 @@ def test_killed_and_resumed(variant, site, tmp_path, monkeypatch):
     assert not [*killed.rglob(".*.part")], "what killed processes have left is still there"
 
 
-def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(site, tmp_path):
+def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(site, tmp_path, heard):
     env = clean_env(PYTHONPATH=str(site))
     for name, number in ("a term", signal.SIGTERM), ("int", signal.SIGINT):
         line = command(site, "--out", name, "--steps", "100000", "--save-every", "10", *TINY)
         process = subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
-        wait_for(process, tmp_path / name, 10)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        try:
+            wait_for(process, tmp_path / name, 10)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally: process.kill()                     # it would train for hours
         assert process.returncode == 130 and "Traceback" not in said, said
         assert f"stopped at step {newest(tmp_path / name)}" in said, said
         assert f"--resume {shlex.quote(str(tmp_path / name))}" in said, said

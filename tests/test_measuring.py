@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from iddpm_nb.cli import evaluate
-from iddpm_nb.measuring import features
-from iddpm_nb.reproduction import tables
-from iddpm_nb.running.model import Model
-from iddpm_nb.training.checkpoint import load_model, save_model
 from iddpm_nb.checks import crash_at, typed
-from iddpm_nb.cli.sample import iddpm_sample
-from iddpm_nb.cli.train import iddpm_train
-from iddpm_nb.cli.evaluate import EvalOptions, iddpm_eval
 from iddpm_nb.training.files import reserved
+from iddpm_nb.training.checkpoint import load_model, save_model
+from iddpm_nb.measuring import features
+from iddpm_nb.running.model import Model
+from iddpm_nb.cli import evaluate
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.cli.sample import iddpm_sample
+from iddpm_nb.cli.evaluate import EvalOptions, iddpm_eval
+from iddpm_nb.reproduction import tables
 from iddpm_nb.reproduction.tables import iddpm_tables
 
 RUN = ("--grey --image-size 16 --attn-resolutions 8 --steps 2 --batch 4 --channels 8 --groups 4 "

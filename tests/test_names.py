@@ -1,116 +1,183 @@
-"""The names that stay: other people's code calls them, so what a call says today it may say tomorrow."""
+"""The names that stay: other people's code calls them, so a call of today works tomorrow."""
 import importlib
 import inspect
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
 
 import pytest
-from conftest import clean_env
+from conftest import ROOT, clean_env
 
 import iddpm_nb
 
-# module -> function(parameters), as they were promised; `=` marks one with a default. More may follow behind.
-PROMISED = """
-forward        Schedule.from_betas(beta, t_model=)  linear_betas(T)  at(table, t, like)
-forward        q_mean_var(s, x0, t)  q_sample(s, x0, t, eps)
-schedule       cosine_alpha_bar(u, s=)  betas_from_alpha_bar(alpha_bar, T, max_beta=)
-schedule       cosine_betas(T)  make_schedule(name, T, rescale_t=)
-posterior      posterior_mean(s, x0, xt, t)  posterior_logvar(s, t, like)
-posterior      x0_from_eps(s, xt, t, eps)  eps_from_x0(s, xt, t, x0)  ideal_eps(s, data, xt, t)
-variance       ideal_out(s, data, xt, t)  fixed_logvar(s, t, like, kind)  learned_logvar(s, u, t)
-variance       p_gaussian(s, out, xt, t, clip_x0=, variance=)
-losses         normal_kl(mean1, logvar1, mean2, logvar2)  discretized_gaussian_nll(x, mean, logvar)
-losses         vlb_term(s, out, x0, xt, t, clip_x0=, variance=)  prior_term(s, x0)
-losses         l_simple(out, eps)  l_vlb(s, out, x0, xt, t)  l_hybrid(s, out, x0, xt, t, eps, lam=)
-importance     UniformSampler(T)  LossSecondMomentSampler(T, history=, uniform_prob=)
-unet           UNet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size)
-sampling       space_timesteps(T, spec)  respace(s, keep)
-sampling       ddpm_step(s, out, xt, t, noise, clip_x0=, variance=)
-sampling       ddim_step(s, out, xt, t, noise, eta=, clip_x0=)  sample(net, s, shape, steps=)
-likelihood     bits_per_dim(net, s, x0, clip_x0=, variance=)
-interop        load_openai(path, preset=)
-running.model  load(path)  Model.sample(self, n=, steps=)  Model.bits_per_dim(self, images)
-"""
-# parameters that are given by name, wherever they stand
-NAMED = {"unet.UNet": "num_heads dropout num_classes scale_shift",
-         "sampling.sample": "method eta generator cond progress variance",
-         "likelihood.bits_per_dim": "num_t generator cond progress"}
+# module: functions as they were promised; `=...` is some default. More parameters may follow.
+PROMISED = {
+    "forward": """Schedule.from_betas(beta, t_model=None)  Schedule.to(self, device)
+        linear_betas(T)  at(table, t, like)  q_mean_var(s, x0, t)  q_sample(s, x0, t, eps)""",
+    "schedule": """cosine_alpha_bar(u, s=0.008)  betas_from_alpha_bar(alpha_bar, T, max_beta=0.999)
+        cosine_betas(T)  make_schedule(name, T, rescale_t=True)""",
+    "posterior": """posterior_mean(s, x0, xt, t)  posterior_logvar(s, t, like)
+        x0_from_eps(s, xt, t, eps)  eps_from_x0(s, xt, t, x0)  ideal_eps(s, data, xt, t)""",
+    "variance": """ideal_out(s, data, xt, t)  fixed_logvar(s, t, like, kind)
+        learned_logvar(s, u, t)  p_gaussian(s, out, xt, t, clip_x0=False, variance="learned")""",
+    "losses": """normal_kl(mean1, logvar1, mean2, logvar2)
+        discretized_gaussian_nll(x, mean, logvar)  prior_term(s, x0)
+        vlb_term(s, out, x0, xt, t, clip_x0=False, variance="learned")
+        l_simple(out, eps)  l_vlb(s, out, x0, xt, t)
+        l_hybrid(s, out, x0, xt, t, eps, lam=0.001)""",
+    "importance": """UniformSampler(T)
+        LossSecondMomentSampler(T, history=10, uniform_prob=0.001)""",
+    "unet": """UNet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions,
+        image_size, num_heads=4, dropout=0.0, num_classes=None, scale_shift=True)
+        UNet.forward(self, x, t, y=None)""",
+    "sampling": """space_timesteps(T, spec)  respace(s, keep)
+        ddpm_step(s, out, xt, t, noise, clip_x0=True, variance="learned")
+        ddim_step(s, out, xt, t, noise, eta=0.0, clip_x0=True)
+        sample(net, s, shape, steps=None, method="ddpm", eta=0.0, generator=None, cond=None,
+        progress=True)""",
+    "likelihood": """bits_per_dim(net, s, x0, clip_x0=True, variance="learned")""",
+    "interop": """load_openai(path, preset=None)""",
+    "running.model": """load(path)  Model.sample(self, n, steps=...)
+        Model.bits_per_dim(self, images)""",
+}
+SAMPLERS = "UniformSampler", "LossSecondMomentSampler"     # each has these
+SAMPLER = """probs(self)  sample(self, batch, generator=None, device=None)
+             update(self, t, losses)  state_dict(self)  load_state_dict(self, state)"""
+PARTS = {  # what is read from a value, in this order
+    "forward:Schedule": "beta alpha alpha_bar alpha_bar_prev beta_tilde t_model",
+    "variance:Gaussian": "mean logvar x0_hat",
+    "likelihood:Bits": "total terms prior decoder",
+    "running.model:Model": "net schedule config"}
 TOP = ("load load_openai to_openai to_diffusers sample bits_per_dim UNet Schedule make_schedule "
        "train_run Config").split()
-SAMPLER = {"probs": (), "sample": ("batch", "generator", "device"), "update": ("t", "losses"),
-           "state_dict": (), "load_state_dict": ("state",)}
+COMMANDS = "iddpm_train iddpm_sample iddpm_eval iddpm_convert iddpm_tables".split()
 
 
-def promised():
-    "module, path of the name in it, parameters."
-    for line in PROMISED.strip().splitlines():
-        module, _, rest = line.partition(" ")
-        for call in rest.strip().split("  "):
-            name, _, parameters = call.strip().rstrip(")").partition("(")
-            yield module, name, parameters.split(", ") if parameters else []
+def functions(text):
+    "name and parameters of each promise."
+    return re.findall(r"([\w.]+)\(([^)]*)\)", text)
 
 
-def found(module, name):
+def everything():
+    "module:name, parameters."
+    for module, text in PROMISED.items():
+        for name, parameters in functions(text): yield f"{module}:{name}", parameters
+    for name, parameters in functions(SAMPLER):
+        for kind in SAMPLERS: yield f"importance:{kind}.{name}", parameters
+
+
+def found(place):
+    "What stands in a module: module:name."
+    module, _, path = place.partition(":")
     thing = importlib.import_module(f"iddpm_nb.{module}")
-    for part in name.split("."): thing = getattr(thing, part)
+    for part in path.split("."): thing = getattr(thing, part)
     return thing
 
 
+def promise(parameters):
+    exec(f"def f({parameters}): pass", made := {})
+    return inspect.signature(made["f"])
+
+
+def calls(want):
+    "Each way to call it: so many by place and the others by name, with all optional ones or none."
+    names = list(want.parameters)
+    need = [n for n, p in want.parameters.items() if p.default is p.empty]
+    for k in range(len(names) + 1):
+        yield names[:k], {n: n for n in names[k:]}
+        yield names[:k], {n: n for n in names[k:] if n in need}
+
+
 def check_signature(f, parameters):
-    "The parameters come first, in this order, and those with a default keep one."
-    has = list(inspect.signature(f).parameters.values())
-    assert [p.name for p in has[:len(parameters)]] == [p.rstrip("=") for p in parameters], has
-    for asked, p in zip(parameters, has):
-        assert asked.endswith("=") == (p.default is not p.empty), f"{p.name} of {has}"
-        assert p.kind is p.POSITIONAL_OR_KEYWORD
-    for p in has[len(parameters):]:
-        assert p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL), p
+    "Every call that was promised arrives, each value at its name, and the defaults are the same."
+    want, has = promise(parameters), inspect.signature(f)
+    for places, named in calls(want):
+        arrived = has.bind(*places, **named).arguments
+        assert arrived == dict(zip(places, places)) | named, f"{f}: {has}"
+    for name, p in want.parameters.items():
+        if p.default in (p.empty, ...): continue
+        assert repr(has.parameters[name].default) == repr(p.default), f"{name} of {f}: {has}"
 
 
-@pytest.mark.parametrize("module, name, parameters", list(promised()), ids=str)
-def test_names_and_signatures(module, name, parameters):
-    check_signature(found(module, name), parameters)
+@pytest.mark.parametrize("place, parameters", list(everything()), ids=lambda x: x.split("(")[0])
+def test_names_and_signatures(place, parameters):
+    check_signature(found(place), parameters)
 
 
-@pytest.mark.parametrize("place", NAMED)
-def test_what_is_given_by_name(place):
-    has = inspect.signature(found(*place.rsplit(".", 1))).parameters
-    for name in NAMED[place].split(): assert has[name].default is not inspect.Parameter.empty
+def test_the_table_is_read_whole():
+    places = [place for place, _ in everything()]
+    assert len(places) == len(set(places)) == 50, len(places)
+    promises = sum(text.count("(") for text in PROMISED.values())
+    assert promises + 2 * SAMPLER.count("(") == len(places)
 
 
 @pytest.mark.parametrize("broken", [
-    "def f(s, x0, t): pass", "def f(s, x0, t, noise): pass", "def f(x0, s, t, eps): pass",
-    "def f(s, x0, t, eps=0): pass", "def f(s, x0, t, eps, more): pass",
-    "def f(s, x0, t, *, eps): pass"])
+    "s, x0, t, clip=True", "s, x0, t, noise, clip=True", "x0, s, t, eps, clip=True",
+    "s, x0, t, eps", "s, x0, t, eps, clip=False", "s, x0, t, eps, clip=1", "s, x0, t, eps, clip",
+    "s, x0, t, eps, more, clip=True", "s, x0, t, eps, clip=True, *, more",
+    "s, x0, t, eps, more=1, clip=True", "s, x0, t, *, eps, clip=True",
+    "s, x0, t, eps, *, clip=True", "s, x0, t, eps, /, clip=True",
+    "s, x0, t, eps, **clip", "s, x0, t, *eps, clip=True"])
 def test_a_broken_promise_is_noticed(broken):
-    exec(broken, made := {})
-    with pytest.raises(AssertionError): check_signature(made["f"], ["s", "x0", "t", "eps"])
+    exec(f"def f({broken}): pass", made := {})
+    with pytest.raises((AssertionError, TypeError)):
+        check_signature(made["f"], "s, x0, t, eps, clip=True")
 
 
 def test_more_may_follow():
-    check_signature(lambda s, x0, t, eps, more=1, **rest: None, ["s", "x0", "t", "eps"])
+    def f(s, x0, t, eps=0, clip=True, more=1, **rest): pass
+    check_signature(f, "s, x0, t, eps, clip=True")
+    check_signature(lambda n=64, steps=50: None, "n, steps=...")
+    with pytest.raises(TypeError): check_signature(lambda n, steps: None, "n, steps=...")
 
 
-@pytest.mark.parametrize("kind", ["UniformSampler", "LossSecondMomentSampler"])
-def test_samplers(kind):
-    for name, parameters in SAMPLER.items():
-        has = list(inspect.signature(getattr(found("importance", kind), name)).parameters)
-        assert tuple(has[1:len(parameters) + 1]) == parameters, (name, has)
+@pytest.mark.parametrize("place", PARTS)
+def test_parts_of_values(place):
+    "Named tuples are unpacked, so there the order counts; more may follow."
+    names, kind = PARTS[place].split(), found(place)
+    has = list(getattr(kind, "_fields", None) or kind.__dataclass_fields__)
+    assert has[:len(names)] == names
 
 
 def test_the_top_level():
     for name in TOP: assert callable(getattr(iddpm_nb, name)) and name in iddpm_nb.__all__
+    for name in iddpm_nb.__all__: assert callable(getattr(iddpm_nb, name))
+    for name in iddpm_nb.interop.__all__: assert callable(getattr(iddpm_nb.interop, name))
     assert iddpm_nb.interop.load_openai is iddpm_nb.load_openai
-    with pytest.raises(AttributeError, match="nothing"): iddpm_nb.nothing
-    with pytest.raises(AttributeError, match="nothing"): iddpm_nb.interop.nothing
+    homes = {"load": "running.model", "sample": "sampling", "UNet": "unet", "Schedule": "forward",
+             "bits_per_dim": "likelihood", "make_schedule": "schedule"}
+    for name, home in homes.items(): assert getattr(iddpm_nb, name) is found(f"{home}:{name}")
 
 
-@pytest.mark.parametrize("line, without", [
-    ("import iddpm_nb", "torch"), ("import iddpm_nb.interop", "torch"),
-    ("from iddpm_nb import load, load_openai", "diffusers"),
-    ("import iddpm_nb.running.run, iddpm_nb.cli.sample", "diffusers")])
-def test_what_is_not_asked_for_is_not_imported(line, without):
-    asked = f"{line}; import sys; print({without!r} in sys.modules)"
+@pytest.mark.parametrize("module", ["iddpm_nb", "iddpm_nb.interop"])
+def test_a_wrong_name_is_refused(module):
+    with pytest.raises(AttributeError, match=f"{module}.*nothing"):
+        importlib.import_module(module).nothing
+    with pytest.raises(ImportError, match="nothing"): exec(f"from {module} import nothing")
+
+
+@pytest.mark.parametrize("line, other, there", [
+    ("import iddpm_nb", "torch", False), ("import iddpm_nb.interop", "torch", False),
+    ("from iddpm_nb import load, load_openai, to_openai", "diffusers", False),
+    ("import iddpm_nb.interop.openai", "diffusers", False),
+    ("from iddpm_nb.interop import load_openai, to_openai", "diffusers", False),
+    ("import iddpm_nb.running.run, iddpm_nb.cli.sample", "diffusers", False),
+    ("import iddpm_nb.forward", "torch", True),                          # what is asked for is there
+    ("from iddpm_nb.interop import to_diffusers", "diffusers", True)])
+def test_what_is_not_asked_for_is_not_imported(line, other, there):
+    asked = f"{line}; import sys; print({other!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True,
                           env=clean_env(PYTHONPATH=":".join(sys.path)), check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == str(there)
+
+
+def test_commands_keep_their_names():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    scripts = dict(entry.split("=") for entry in config["DEFAULT"]["console_scripts"].split())
+    assert list(scripts) == COMMANDS
+    for name, place in scripts.items():
+        module, _, function = place.partition(":")
+        command = getattr(importlib.import_module(module), function)
+        assert inspect.isfunction(command) and command.__name__ == name

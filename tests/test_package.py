@@ -1,6 +1,8 @@
 """The wheel, used as a user uses it: in another folder, without the checkout, without a network."""
 import json
+import re
 
+import numpy as np
 from conftest import ROOT, TINY
 
 
@@ -10,8 +12,10 @@ def test_digits_travel_in_the_wheel(run, site):
 
 
 def test_the_shipped_model_travels_in_the_wheel(run, site):
-    shape = "import iddpm_nb; print(tuple(iddpm_nb.load('digits').sample(2, 3).shape))"
-    assert "(2, 1, 8, 8)" in run("python", shape)
+    ask = ("import iddpm_nb; m = iddpm_nb.load('digits'); x = m.sample(2, 3, seed=0); "
+           "print(iddpm_nb.__file__, tuple(x.shape), bool(x.isfinite().all()), len(m.schedule))")
+    said = run("python", ask)
+    assert str(site) in said and "(2, 1, 8, 8) True 1000" in said and not list(run.folder.iterdir())
     assert "2 images" in run("iddpm_sample", "digits", "--n", "2", "--steps", "3", "--device", "cpu")
     assert (run.folder / "samples_2x3.png").exists()             # here, and not beside the weights
     assert "bits/dim" in run("iddpm_eval", "digits", "--n", "4", "--num-t", "12", "--device", "cpu")
@@ -19,12 +23,38 @@ def test_the_shipped_model_travels_in_the_wheel(run, site):
     assert "neither a run" in run("iddpm_sample", "digits", "--n", "2", "--device", "cpu", status=1)
 
 
+def test_a_folder_called_digits_comes_first(run):
+    run("iddpm_train", "--steps", "2", "--out", "digits", *TINY)
+    ask = "import iddpm_nb; m = iddpm_nb.load('digits'); print(len(m.schedule), tuple(m.sample(2, 3).shape))"
+    assert "20 (2, 1, 8, 8)" in run("python", ask)               # its own chain, not the shipped 1,000
+    assert "2 images" in run("iddpm_sample", "digits", "--n", "2", "--steps", "3", "--device", "cpu")
+    assert (run.folder / "digits" / "samples_2x3.png").exists()
+
+
 def test_what_is_in_the_wheel(site):
     shipped = {p.name for p in (ROOT / "data" / "shipped").iterdir()}
     kept = {p.name: p.stat().st_size for p in (site / "iddpm_nb" / "_data").iterdir() if p.is_file()}
     assert shipped == kept.keys() and sum(kept.values()) < 5_000_000
+    assert len(shipped) >= 7 and sum(kept.values()) > 3_000_000
     there = {p.relative_to(ROOT) for p in (ROOT / "iddpm_nb").rglob("*.py")}
     assert there == {p.relative_to(site) for p in (site / "iddpm_nb").rglob("*.py")}
+    folders = {p.name for p in (ROOT / "nbs").iterdir() if list(p.glob("*.ipynb"))}
+    assert len(folders) >= 8 and all((site / "iddpm_nb" / f / "__init__.py").exists() for f in folders)
+    assert {p.name for p in site.iterdir() if not p.name.endswith("-info")} == {"iddpm_nb", "bin"}
+
+
+def test_every_shipped_file_is_described():
+    rows = re.findall(r"^\| `(.+?)` \|(.*)\|$", (ROOT / "data/shipped/README.md").read_text(), re.M)
+    assert {name for name, _ in rows} == {p.name for p in (ROOT / "data" / "shipped").iterdir()}
+    for name, row in rows: assert row.rstrip().endswith(("CC BY 4.0", "Apache 2.0")), name
+
+
+def test_arrays_are_described():
+    "Each array of the shipped files is named in the page beside them."
+    told = set(re.findall(r"`(\w+)`", (ROOT / "data/shipped/README.md").read_text()))
+    for file in (ROOT / "data" / "shipped").glob("*.npz"):
+        names = {re.sub("_(free|clipped)$", "", name) for name in np.load(file).files}
+        assert names and not names - told, (file.name, names - told)
 
 
 def test_what_is_not_needed_is_not_imported(run):

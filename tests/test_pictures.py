@@ -13,12 +13,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from iddpm_nb.data import Batches, Images
-from iddpm_nb.training.loading import Prefetch, make_batches
-from iddpm_nb.images.folders import open_images, open_sets
-from iddpm_nb.images.reading import CLEAR, decoded
 from PIL import Image
 from tqdm import tqdm
+from iddpm_nb.data import Batches, Images
+from iddpm_nb.images.reading import CLEAR, decoded
+from iddpm_nb.images.folders import open_images, open_sets
+from iddpm_nb.training.loading import Prefetch, make_batches
 
 SIZE = 8
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes, links and signals of POSIX")

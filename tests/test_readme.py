@@ -136,8 +136,8 @@ class Few:
         self.data = torch.randint(0, 256, (32, 32, 32, 3), generator=g, dtype=torch.uint8).numpy()
         self.targets = [i % 10 for i in range(32)]
 torchvision.datasets.CIFAR10 = Few
-from iddpm_nb.cli import train
 from iddpm_nb.training import config
+from iddpm_nb.cli import train
 paper = config.PRESETS["cifar10"]
 config.PRESETS["cifar10"] = dataclasses.replace(
     paper, model=dataclasses.replace(paper.model, channels=8, groups=4, num_res_blocks=1, num_heads=2),

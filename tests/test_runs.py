@@ -17,18 +17,18 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, clean_env
-from iddpm_nb.running import run as runs, underway
-from iddpm_nb.training import loading
-from iddpm_nb.training.checkpoint import best, checkpoints, read_header
-from iddpm_nb.cli.train import iddpm_train
-from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from iddpm_nb.cli.evaluate import EvalOptions, Subject, image_sets
-from iddpm_nb.training.files import checksum
-from iddpm_nb.images.folders import open_images
-from iddpm_nb.running.run import new_folder, train_run
-from iddpm_nb.train import EMA
-from iddpm_nb.training.log import read_log
 from PIL import Image
+from iddpm_nb.train import EMA
+from iddpm_nb.images.folders import open_images
+from iddpm_nb.training import loading
+from iddpm_nb.training.files import checksum
+from iddpm_nb.training.checkpoint import best, checkpoints, read_header
+from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+from iddpm_nb.training.log import read_log
+from iddpm_nb.running import run as runs, underway
+from iddpm_nb.running.run import new_folder, train_run
+from iddpm_nb.cli.train import iddpm_train
+from iddpm_nb.cli.evaluate import EvalOptions, Subject, image_sets
 
 OPTIONS = ("--channels 8 --groups 4 --num-heads 2 --mult 1 --attn-resolutions "
            "--T 20 --warmup 0 --batch 4 --device cpu").split()
@@ -137,7 +137,7 @@ def test_one_process_a_run(tmp_path, capsys):
 # Signals
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_what_asks_to_stop_saves_first(name, tmp_path):
+def test_what_asks_to_stop_saves_first(name, tmp_path, heard):
     number, update = getattr(signal, name), EMA.update
     def asked(ema, net):
         if ema.step == 2: signal.raise_signal(number)
@@ -288,7 +288,7 @@ def test_a_run_that_never_saved_begins_anew(tmp_path):
     assert saved(tmp_path / "run") == [2, 4, 6]
 
 
-def test_a_run_without_held_out_images_knows_that_it_has_saved(tmp_path):
+def test_a_run_without_held_out_images_knows_that_it_has_saved(tmp_path, heard):
     few = pictures(tmp_path / "few", 6)
     update = EMA.update
     def stop(ema, net):

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from iddpm_nb.running import underway
-from iddpm_nb.cli.train import iddpm_train
-from iddpm_nb.running.run import train_run
-from iddpm_nb.unet import UNet
 from test_runs import NO_MEMORY, pictures, tiny
+from iddpm_nb.unet import UNet
+from iddpm_nb.running import underway
+from iddpm_nb.running.run import train_run
+from iddpm_nb.cli.train import iddpm_train
 
 RANK, HOME = int(os.environ["RANK"]), Path(sys.argv[1])
 underway.curve = lambda folder: None

@@ -125,12 +125,15 @@ def free_memory(device) -> int: # bytes
     if device.type == "cuda":                                   # what PyTorch keeps is free for it
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try: free = psutil.virtual_memory().available
-    except Exception: free = 2**31              # a system that does not tell: two gigabytes
+    try:
+        free = psutil.virtual_memory().available
+    except Exception:
+        free = 2**31  # a system that does not tell: two gigabytes
     try:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{k}").read_text())
                        for k in ("max", "current"))
-    except (OSError, ValueError): return free
+    except (OSError, ValueError):
+        return free
     return min(free, limit - used)
 
 def fits(n_bytes:int, device) -> bool: # into a quarter of what is free
@@ -149,7 +152,8 @@ def read_npz(
             sizes = {k: f.zip.getinfo(f"{k}.npy").file_size for k in wanted if k in f.files}
             require(sum(sizes.values()) < free_memory("cpu"), "", MemoryError)
             return {k: f[k] for k in sizes}, f.files
-    except FileNotFoundError: raise
+    except FileNotFoundError:
+        raise
     except MemoryError as e:
         sentence = f"{shown(path)} holds more than fits into the memory: take fewer images"
         raise ValueError(sentence) from e
@@ -260,7 +264,8 @@ def from_torchvision(
     "A torchvision data set, downloaded on first use."
     require(split in ("train", "test"), f"split must be train or test; got {split!r}")
     import torchvision.datasets as sets
-    try: d = getattr(sets, TORCHVISION[name])(root, train=split == "train", download=True)
+    try:
+        d = getattr(sets, TORCHVISION[name])(root, train=split == "train", download=True)
     except Exception as e:
         place, why = shown(Path(root).resolve()), shown(" ".join(str(e).split()))
         mine = f"; the one beside you is ./{name}" if Path(name).exists() else ""
@@ -277,7 +282,7 @@ def held_out(
     "Which images are held out: about one in ten, by their content alone."
     n, first = len(sums), min(sums, default=b"")
     mine = torch.tensor([int.from_bytes(s[-4:], "big") % 10 == 0 for s in sums])
-    if not 0 < mine.sum() < n: mine = torch.tensor([s == first for s in sums])     # with its copies
+    if not 0 < mine.sum() < n: mine = torch.tensor([s == first for s in sums])  # with its copies
     return mine if n >= 10 and not mine.all() else torch.zeros(n, dtype=torch.bool)
 
 def parts(

@@ -36,7 +36,9 @@ class UniformSampler:
     def update(self, t, losses): "Nothing to learn."
     def state_dict(self): return {}
     def load_state_dict(self, state):
-        if state: raise ValueError("this state belongs to a sampler that remembers losses, not to a uniform one")
+        if state:
+            raise ValueError("this state belongs to a sampler that remembers losses, not to a "
+                             "uniform one")
 
 # %% ../nbs/06_importance_sampling.ipynb #f4a7398c
 def remember(
@@ -45,49 +47,62 @@ def remember(
     t:Tensor,       # the steps of a batch, int64 (B,)
     losses:Tensor,  # their losses, (B,)
 ):
-    "Put a batch of losses into the rings of their steps, in place: no loop over it, and a GPU is never waited for."
+    """Put a batch of losses into the rings of their steps, in place: no loop over it, and a GPU is
+    never waited for."""
     T, size = len(history) - 1, history.shape[1]
     order = t.argsort(stable=True)
     t, losses = t[order], losses[order]
     first, last = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)
-    place = torch.arange(len(t), device=t.device)        # a t that comes k times takes k slots in a row
+    place = torch.arange(len(t), device=t.device)  # a t that comes k times takes k slots in a row
     slot = (count[t] + place - first) % size
-    row = torch.where(last - place <= size, t, T)        # of more than `size` at once, the last stay
+    row = torch.where(last - place <= size, t, T)  # of more than `size` at once, the last stay
     history[row, slot] = losses
     count.index_add_(0, t, torch.ones_like(t))
 
 # %% ../nbs/06_importance_sampling.ipynb #dc30f117
 class LossSecondMomentSampler:
-    "Draws t with p_t proportional to sqrt(E[L_t^2]) over the last losses of each t (Eq. 18); uniform until every t has enough."
+    """Draws t with p_t proportional to sqrt(E[L_t^2]) over the last losses of each t (Eq. 18);
+    uniform until every t has enough."""
     def __init__(self,
         T:int,                     # number of steps
         history:int=10,            # losses remembered for each t
-        uniform_prob:float=0.001,  # share of uniform draws mixed in, so that no p_t is ever 0 and no weight above 1/uniform_prob
+        uniform_prob:float=0.001,  # share of uniform draws; no weight exceeds 1/uniform_prob
     ):
-        if T < 1 or history < 1: raise ValueError(f"there must be at least 1 step and 1 loss to remember, got T = {T}, history = {history}")
-        if not 0 < uniform_prob <= 1: raise ValueError(f"uniform_prob must lie above 0 (else a step could never be drawn) and at most at 1, got {uniform_prob}")
+        if T < 1 or history < 1:
+            raise ValueError(f"there must be at least 1 step and 1 loss to remember, got T = {T}, "
+                             f"history = {history}")
+        if not 0 < uniform_prob <= 1:
+            raise ValueError("uniform_prob must lie above 0 (else a step could never be drawn) "
+                             f"and at most at 1, got {uniform_prob}")
         self.T, self.size, self.uniform_prob = T, history, uniform_prob
-        self.history, self.count = torch.zeros(T + 1, history, dtype=torch.float64), torch.zeros(T + 1, dtype=torch.long)
+        self.history = torch.zeros(T + 1, history, dtype=torch.float64)
+        self.count = torch.zeros(T + 1, dtype=torch.long)
 
     def probs(self) -> Tensor: # float64 (T,), sums to 1
         "p_t, now."
-        w = self.history[:-1].nan_to_num(0, 0, 0).square().mean(1).sqrt()     # a loss that is no number is for the training loop to report
+        # a loss that is no number is for the training loop to report
+        w = self.history[:-1].nan_to_num(0, 0, 0).square().mean(1).sqrt()
         p = (1 - self.uniform_prob) * w / w.sum() + self.uniform_prob / self.T
         ready = (self.count[:-1] >= self.size).all() & (w.sum() > 0)
         return torch.where(ready, p, torch.full_like(p, 1 / self.T))
 
-    def sample(self, batch, generator=None, device=None) -> tuple[Tensor, Tensor]: # t int64 (B,), weights float32 (B,) = 1/(T p_t)
+    # t int64 (B,), weights float32 (B,) = 1/(T p_t)
+    def sample(self, batch, generator=None, device=None) -> tuple[Tensor, Tensor]:
         "Steps, and the weights that make the weighted mean unbiased."
         if batch < 1: raise ValueError(f"a batch needs at least 1 step, got {batch}")
         p = self.probs()
-        if generator is not None: p = (p.float() if generator.device.type == "mps" else p).to(generator.device)
+        if generator is not None:
+            p = (p.float() if generator.device.type == "mps" else p).to(generator.device)
         t = torch.multinomial(p, batch, replacement=True, generator=generator)
         return t.to(device or t.device), (1 / (self.T * p[t])).float().to(device or t.device)
 
     def update(self, t, losses): # t int64 (B,), losses (B,) BEFORE weighting
         "Remember a batch of losses."
-        if t.shape != losses.shape or t.ndim != 1: raise ValueError(f"one loss for each step is needed, got t {tuple(t.shape)} and losses {tuple(losses.shape)}")
-        if t.device.type == "cpu" and len(t) and not (0 <= t.min() and t.max() < self.T): raise IndexError(f"t must lie in 0..{self.T - 1}, got {t.min()}..{t.max()}")
+        if t.shape != losses.shape or t.ndim != 1:
+            raise ValueError(f"one loss for each step is needed, got t {tuple(t.shape)} and losses "
+                             f"{tuple(losses.shape)}")
+        if t.device.type == "cpu" and len(t) and not (0 <= t.min() and t.max() < self.T):
+            raise IndexError(f"t must lie in 0..{self.T - 1}, got {t.min()}..{t.max()}")
         device = "cpu" if losses.device.type == "mps" else losses.device      # MPS has no float64
         self.history, self.count = self.history.to(device), self.count.to(device)
         remember(self.history, self.count, t.to(device).long(), losses.detach().to(device).double())
@@ -95,5 +110,7 @@ class LossSecondMomentSampler:
     def state_dict(self): return {"history": self.history.clone(), "count": self.count.clone()}
     def load_state_dict(self, state):
         shape = (len(state["history"]) - 1, state["history"].shape[1]) if state else "nothing"
-        if shape != (self.T, self.size): raise ValueError(f"this state holds losses for (steps, history) = {shape}, the sampler needs {(self.T, self.size)}")
+        if shape != (self.T, self.size):
+            raise ValueError(f"this state holds losses for (steps, history) = {shape}, the sampler "
+                             f"needs {(self.T, self.size)}")
         self.history, self.count = state["history"].clone(), state["count"].clone()

@@ -26,7 +26,8 @@ class Bits(NamedTuple):
     decoder: Tensor  # (B,): the term at t = 0, -log p(x_0|x_1)
     t: Tensor        # (B,K): the evaluated steps, ascending; all of 0..T-1 if the sum is exact
     weights: Tensor  # (K,): how many steps each evaluated one stands for
-    stderr: float    # standard error of total.mean() as an estimate for all such images; nan for one image
+    # standard error of total.mean() as an estimate for all such images; nan for one image
+    stderr: float
 
 # %% ../nbs/10_likelihood.ipynb #b2d1221a
 def choose_t(
@@ -35,13 +36,16 @@ def choose_t(
     batch:int,          # for how many images
     generator=None,     # of the draws
 ) -> tuple[Tensor, Tensor]: # t int64 (B,K) ascending, weights float64 (K,)
-    "All t; or t < 10 and t = T-1 for sure, and one t from each of equal sections of the rest, drawn for each image anew."
-    if num_t is None or num_t >= T: return torch.arange(T).expand(batch, T), torch.ones(T, dtype=torch.float64)
+    """All t; or t < 10 and t = T-1 for sure, and one t from each of equal sections of the rest,
+    drawn for each image anew."""
+    if num_t is None or num_t >= T:
+        return torch.arange(T).expand(batch, T), torch.ones(T, dtype=torch.float64)
     require(num_t >= 12, f"an estimate needs at least 12 steps (t < 10, t = T-1 and one drawn), "
             f"got {num_t}: ask for more, or for all {T} by naming no number")
     edges = torch.linspace(10, T - 1, num_t - 10, dtype=torch.float64).round().long()
     size = edges.diff()
-    u = torch.rand(batch, len(size), generator=generator, device=None if generator is None else generator.device)
+    u = torch.rand(batch, len(size), generator=generator,
+                   device=None if generator is None else generator.device)
     drawn = edges[:-1] + (u.cpu().double() * size).long()
     t = torch.cat([torch.arange(10).expand(batch, 10), drawn, torch.full((batch, 1), T - 1)], 1)
     return t, torch.cat([torch.ones(10), size, torch.ones(1)]).double()
@@ -51,11 +55,17 @@ def check_images(x0, cond):
     "Refuse what has no bits per dimension, in one sentence."
     if not x0.is_floating_point() or x0.ndim < 2 or not len(x0) or not (x0.abs() <= 1).all():
         span = f" from {x0.min():.3g} to {x0.max():.3g}" if x0.numel() else ""
-        raise ValueError(f"images must be floats (B,C,H,W) in [-1,1], at least one; got {x0.dtype} {tuple(x0.shape)}{span}: use data.to_float")
+        raise ValueError(f"images must be floats (B,C,H,W) in [-1,1], at least one; got {x0.dtype} "
+                         f"{tuple(x0.shape)}{span}: use data.to_float")
     level = (x0.cpu().double() + 1) * 127.5
-    if (level - level.round()).abs().max() > 0.01: warnings.warn("these images do not lie on the 256 levels k/127.5 - 1 of 8-bit pixels (data.to_float of uint8): are they in [0,1]? Their bits per dimension compare with nothing", stacklevel=4)
+    if (level - level.round()).abs().max() > 0.01:
+        warnings.warn("these images do not lie on the 256 levels k/127.5 - 1 of 8-bit pixels "
+                      "(data.to_float of uint8): are they in [0,1]? Their bits per dimension "
+                      "compare with nothing", stacklevel=4)
     for k, v in (cond or {}).items():
-        if len(v) != len(x0): raise ValueError(f"cond[{k!r}] must have a row for each of the {len(x0)} images, got {len(v)}")
+        if len(v) != len(x0):
+            raise ValueError(f"cond[{k!r}] must have a row for each of the {len(x0)} images, got "
+                             f"{len(v)}")
 
 def term(net, s, x0, t, eps, cond, clip_x0, variance):
     "The bound's term at steps t (B,), with one x_t for each image, made from noise eps."
@@ -66,7 +76,7 @@ def term(net, s, x0, t, eps, cond, clip_x0, variance):
 # %% ../nbs/10_likelihood.ipynb #995fead7
 @torch.no_grad()
 def bits_per_dim(
-    net,                    # (x, t_model, **cond) -> out; an nn.Module is in eval mode for the duration
+    net,                    # (x, t_model, **cond) -> out; a module is put into eval mode
     s:Schedule,             # the schedule, possibly respaced
     x0:Tensor,              # images, (B,C,H,W), float in [-1,1], on the 256 levels
     clip_x0:bool=True,      # clamp x0_hat to [-1,1], as the paper does
@@ -74,31 +84,45 @@ def bits_per_dim(
     num_t:int|None=None,    # evaluate so many steps for each image; None: all
     generator=None,         # of noise and steps
     cond=None,              # further arguments of the network, each with B rows
-    chunk:int=256,          # images that the network is shown at a time; what comes out does not depend on it
+    chunk:int=256,          # images shown to the network at a time; changes no result
     progress:bool=False,    # draw a bar
 ) -> Bits:
-    "The bound L_0 + ... + L_T in bits per dimension: exact in t, or an unbiased estimate from fewer."
+    """The bound L_0 + ... + L_T in bits per dimension: exact in t, or an unbiased estimate from
+    fewer."""
     check_images(x0, cond)
-    if chunk < 1: raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
+    if chunk < 1:
+        raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
     s, cond, columns = s.to(x0.device), {k: v.to(x0.device) for k, v in (cond or {}).items()}, []
     t, weights = choose_t(len(s), num_t, len(x0), generator)
     with evaluating(net), progress_bar(t.numel(), "term", progress) as bar:
         for tk in t.T:
-            eps, tk = normal(x0.shape, generator, x0.device).to(x0), tk.to(x0.device)       # for all images at once
+            # for all images at once
+            eps, tk = normal(x0.shape, generator, x0.device).to(x0), tk.to(x0.device)
             for p in portions(len(x0), chunk):
-                columns.append(term(net, s, x0[p], tk[p], eps[p], {k: v[p] for k, v in cond.items()}, clip_x0, variance)); bar.update(len(x0[p]))
-    terms, prior = torch.cat(columns).reshape(t.shape[1], -1).T.cpu().double(), prior_term(s, x0).cpu().double()
+                columns.append(term(net, s, x0[p], tk[p], eps[p],
+                                    {k: v[p] for k, v in cond.items()}, clip_x0, variance))
+                bar.update(len(x0[p]))
+    terms = torch.cat(columns).reshape(t.shape[1], -1).T.cpu().double()
+    prior = prior_term(s, x0).cpu().double()
     total = terms @ weights + prior
-    return Bits(total, terms, prior, terms[:, 0], t, weights, float(total.std() / len(total)**0.5) if len(total) > 1 else float("nan"))
+    return Bits(total, terms, prior, terms[:, 0], t, weights,
+                float(total.std() / len(total)**0.5) if len(total) > 1 else float("nan"))
 
 # %% ../nbs/10_likelihood.ipynb #db268c28
 def histogram_bits(
     images:Tensor, # uint8 (N,C,H,W)
 ) -> dict: # bits per dimension
-    "What models without a network need for these images: a uniform level, one histogram for all pixels, one for each pixel."
-    if images.dtype != torch.uint8 or not images.numel(): raise TypeError(f"images must be uint8 (N,C,H,W), at least one, got {images.dtype} {tuple(images.shape)}")
+    """What models without a network need for these images: a uniform level, one histogram for all
+    pixels, one for each pixel."""
+    if images.dtype != torch.uint8 or not images.numel():
+        raise TypeError(f"images must be uint8 (N,C,H,W), at least one, got {images.dtype} "
+                        f"{tuple(images.shape)}")
     levels, k = images.flatten(1).unique(return_inverse=True)
     L, D = len(levels), k.shape[1]
-    counts = (k + L * torch.arange(D, device=k.device)).flatten().bincount(minlength=L * D).reshape(D, L).double()
-    def entropy(c): p = c / c.sum(-1, keepdim=True); return -(p * p.clamp(min=1e-300).log2()).sum(-1).mean().item()
-    return {"uniform": math.log2(L), "histogram": entropy(counts.sum(0)), "histogram_per_pixel": entropy(counts)}
+    counts = (k + L * torch.arange(D, device=k.device)).flatten().bincount(minlength=L
+            * D).reshape(D, L).double()
+    def entropy(c):
+        p = c / c.sum(-1, keepdim=True)
+        return -(p * p.clamp(min=1e-300).log2()).sum(-1).mean().item()
+    return {"uniform": math.log2(L), "histogram": entropy(counts.sum(0)),
+            "histogram_per_pixel": entropy(counts)}

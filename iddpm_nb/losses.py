@@ -20,13 +20,15 @@ def normal_kl(
     mean2:Tensor, logvar2:Tensor, # the second
 ) -> Tensor: # nats per element
     "KL(N1 || N2) of diagonal Gaussians, element by element."
-    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2)**2 * (-logvar2).exp())
+    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp()
+                  + (mean1 - mean2)**2 * (-logvar2).exp())
 
 # %% ../nbs/05_hybrid_loss.ipynb #b3a5f7a7
 def normal_cdf(
     x:Tensor, # any shape
 ) -> Tensor: # in [0,1], to within 2e-4
-    "The tanh approximation of the standard normal CDF: what the official results are computed with."
+    """The tanh approximation of the standard normal CDF: what the official results are computed
+    with."""
     return 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
 
 def discretized_gaussian_nll(
@@ -34,9 +36,11 @@ def discretized_gaussian_nll(
     mean:Tensor,   # (B,C,H,W)
     logvar:Tensor, # (B,C,H,W)
 ) -> Tensor: # nats per element, shaped as x
-    "-log of the Gaussian's mass in the bin [x - 1/255, x + 1/255], whose end bins reach to infinity."
+    """-log of the Gaussian's mass in the bin [x - 1/255, x + 1/255], whose end bins reach to
+    infinity."""
     scale = (-0.5 * logvar).exp()
-    above, below = normal_cdf(scale * (x - mean + 1 / 255)), normal_cdf(scale * (x - mean - 1 / 255))
+    above = normal_cdf(scale * (x - mean + 1 / 255))
+    below = normal_cdf(scale * (x - mean - 1 / 255))
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return -mass.clamp(min=1e-12).log()
 
@@ -56,7 +60,8 @@ def vlb_term(
     clip_x0:bool=False,     # clamp x0_hat to [-1,1]: for evaluation, not for training
     variance:str="learned", # "learned", "beta" or "beta_tilde"
 ) -> Tensor: # (B,), bits per dimension
-    "The bound's term of step t: KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) for t > 0, -log p(x_0|x_1) at t = 0 (Eqs. 5 and 6)."
+    """The bound's term of step t: KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)) for t > 0, -log
+    p(x_0|x_1) at t = 0 (Eqs. 5 and 6)."""
     p = p_gaussian(s, out, xt, t, clip_x0, variance)
     kl = normal_kl(posterior_mean(s, x0, xt, t), posterior_logvar(s, t, xt), p.mean, p.logvar)
     return torch.where(t == 0, bits(discretized_gaussian_nll(x0, p.mean, p.logvar)), bits(kl))
@@ -65,7 +70,8 @@ def prior_term(
     s:Schedule, # the schedule
     x0:Tensor,  # clean images, (B,C,H,W) in [-1,1]
 ) -> Tensor: # (B,), bits per dimension
-    "KL(q(x_T|x_0) || N(0,I)) (Eq. 7): what the last x_T still tells of x_0. Nothing in it can be trained."
+    """KL(q(x_T|x_0) || N(0,I)) (Eq. 7): what the last x_T still tells of x_0. Nothing in it can be
+    trained."""
     t = torch.full((len(x0),), len(s) - 1, device=x0.device)
     mean, zero = q_mean_var(s, x0, t)[0], torch.zeros_like(x0)
     return bits(normal_kl(mean, at((1 - s.alpha_bar).log(), t, x0), zero, zero))
@@ -87,7 +93,8 @@ def l_vlb(
     t:Tensor,               # 0-based steps, int64 (B,)
     variance:str="learned", # "learned", "beta" or "beta_tilde"
 ) -> Tensor: # (B,), bits per dimension
-    "T times the bound's term of step t: for t uniform, its mean is the whole bound without the prior term."
+    """T times the bound's term of step t: for t uniform, its mean is the whole bound without the
+    prior term."""
     return len(s) * vlb_term(s, out, x0, xt, t, variance=variance)
 
 # %% ../nbs/05_hybrid_loss.ipynb #a374397e
@@ -100,7 +107,10 @@ def l_hybrid(
     eps:Tensor,       # the noise that was added, (B,C,H,W)
     lam:float=0.001,  # weight of L_vlb, per bit
 ) -> Tensor: # (B,)
-    "L_simple + lam L_vlb (Eq. 16); in L_vlb the mean is held fixed, so that only the variance learns from it."
+    """L_simple + lam L_vlb (Eq. 16); in L_vlb the mean is held fixed, so that only the variance
+    learns from it."""
     eps_hat, u = split_out(out, xt)
-    if u is None: raise ValueError(f"L_hybrid trains a variance and needs {2 * xt.shape[1]} output channels, this network has {out.shape[1]}")
+    if u is None:
+        raise ValueError(f"L_hybrid trains a variance and needs {2 * xt.shape[1]} output channels, "
+                         f"this network has {out.shape[1]}")
     return l_simple(out, eps) + lam * l_vlb(s, torch.cat([eps_hat.detach(), u], 1), x0, xt, t)

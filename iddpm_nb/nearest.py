@@ -13,9 +13,13 @@ from torch import Tensor, nn
 def check_pair(x, data):
     "Refuse images that cannot be compared, in one sentence."
     for v in (x, data):
-        if not v.is_floating_point(): raise TypeError(f"images must be floats in [-1,1], got {v.dtype}: use data.to_float")
-        if v.ndim < 2 or not len(v): raise ValueError(f"there must be at least one image (N,C,H,W), got {tuple(v.shape)}")
-    if x.shape[1:] != data.shape[1:]: raise ValueError(f"images of shape {tuple(x.shape[1:])} cannot be compared with images of shape {tuple(data.shape[1:])}")
+        if not v.is_floating_point():
+            raise TypeError(f"images must be floats in [-1,1], got {v.dtype}: use data.to_float")
+        if v.ndim < 2 or not len(v):
+            raise ValueError(f"there must be at least one image (N,C,H,W), got {tuple(v.shape)}")
+    if x.shape[1:] != data.shape[1:]:
+        raise ValueError(f"images of shape {tuple(x.shape[1:])} cannot be compared with images of "
+                         f"shape {tuple(data.shape[1:])}")
 
 def nearest(
     x:Tensor,    # images, (N,C,H,W) in [-1,1]
@@ -42,9 +46,12 @@ def fit_judge(
     "Kernel logistic regression: minimise the summed cross-entropy + lam w'Kw."
     d = data.flatten(1).double()
     gamma = 2 / float(d.var() * d.shape[1])
-    L = torch.linalg.cholesky(kernel(d, d, gamma) + 1e-6 * torch.eye(len(d), dtype=d.dtype, device=d.device))
-    a = torch.zeros(len(d), int(labels.max()) + 1, dtype=d.dtype, device=d.device, requires_grad=True)
-    opt = torch.optim.LBFGS([a], max_iter=100, history_size=10, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    L = torch.linalg.cholesky(kernel(d, d, gamma)
+                              + 1e-6 * torch.eye(len(d), dtype=d.dtype, device=d.device))
+    a = torch.zeros(len(d), int(labels.max()) + 1, dtype=d.dtype, device=d.device,
+                    requires_grad=True)
+    opt = torch.optim.LBFGS([a], max_iter=100, history_size=10, tolerance_change=1e-12,
+                            line_search_fn="strong_wolfe")
     def loss():
         opt.zero_grad()
         value = nn.functional.cross_entropy(L @ a, labels, reduction="sum") + lam * a.square().sum()
@@ -58,8 +65,11 @@ def class_probs(
     data:Tensor,   # labelled images, (M,C,H,W) in [-1,1]; at most some thousands
     labels:Tensor, # int64 (M,), from 0
 ) -> Tensor: # float64 (N,K): probabilities of the classes
-    "Class probabilities of a kernel logistic regression fitted to labelled images: a judge of samples that needs no download."
+    """Class probabilities of a kernel logistic regression fitted to labelled images: a judge of
+    samples that needs no download."""
     check_pair(x, data)
-    if labels.shape != data.shape[:1]: raise ValueError(f"{len(data)} images but labels of shape {tuple(labels.shape)}: one whole number per image is needed")
+    if labels.shape != data.shape[:1]:
+        raise ValueError(f"{len(data)} images but labels of shape {tuple(labels.shape)}: one whole "
+                         "number per image is needed")
     w, gamma = fit_judge(data, labels)
     return (kernel(x.flatten(1).double(), data.flatten(1).double(), gamma) @ w).softmax(1)

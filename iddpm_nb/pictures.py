@@ -17,7 +17,8 @@ from .data import to_uint8
 
 # %% ../nbs/00c_pictures.ipynb #b9b73d20
 def setup_notebook():
-    "First line of every chapter: small sharp figures, and one thread where the tests run several chapters at once."
+    """First line of every chapter: small sharp figures, and one thread where the tests run several
+    chapters at once."""
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     set_matplotlib_formats("jpeg", pil_kwargs={"quality": 85})
     if os.environ.get("IN_TEST"): torch.set_num_threads(1)
@@ -29,18 +30,20 @@ LEARNED = "crimson"   # the one colour of everything a network learns, in equati
 def image_grid(
     x:Tensor,            # images, float (N,C,H,W) in [-1,1] or uint8; C is 1 or 3
     cols:int|None=None,  # images a row; None: about square
-    scale:int|None=None, # enlarge each pixel to scale x scale; None: so that an image is at least 48 wide
+    scale:int|None=None, # enlarge each pixel to scale x scale; None: to a width of at least 48
     gap:int=4,           # white pixels between images
 ) -> Tensor: # uint8 (3,H',W')
     "Many images as one, enlarged without smoothing, with gaps between."
     x = x.detach().cpu() if x.dtype == torch.uint8 else to_uint8(x.detach().cpu())
-    if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"a grid needs images (N,1,H,W) or (N,3,H,W), got {tuple(x.shape)}")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"a grid needs images (N,1,H,W) or (N,3,H,W), got {tuple(x.shape)}")
     cols, scale = cols or math.ceil(len(x)**0.5), scale or math.ceil(48 / x.shape[-1])
     x = F.interpolate(x.expand(-1, 3, -1, -1).float(), scale_factor=scale)
     x = F.pad(x, (0, gap, 0, gap), value=255)
     x = torch.cat([x, x.new_full((-len(x) % cols, *x.shape[1:]), 255)])
     n, c, h, w = x.shape
-    x = x.reshape(n // cols, cols, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, n // cols * h, cols * w)
+    x = x.reshape(n // cols, cols, c, h, w).permute(2, 0, 3, 1,
+                                                    4).reshape(c, n // cols * h, cols * w)
     return F.pad(x, (gap, 0, gap, 0), value=255).to(torch.uint8)
 
 # %% ../nbs/00c_pictures.ipynb #31e13b27
@@ -68,10 +71,12 @@ def show_images(
     m, g = math.ceil(len(x) / n), image_grid(x, cols=n, **kwargs)
     h, w = g.shape[1:]
     fig, ax = plt.subplots(figsize=(width, width * h / w + 0.5), layout="constrained")
-    ax.imshow(g.permute(1, 2, 0)); ax.spines[:].set_visible(False)
+    ax.imshow(g.permute(1, 2, 0))
+    ax.spines[:].set_visible(False)
     ax.set_xticks([(i + 0.5) * w / n for i in range(n)] if cols else [], cols or [], fontsize=8)
     ax.set_yticks([(i + 0.5) * h / m for i in range(m)] if rows else [], rows or [], fontsize=8)
-    ax.xaxis.tick_top(); ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
     if caption: fig.supxlabel(caption, fontsize=9, style="italic", wrap=True)
     return ax
 
@@ -84,8 +89,11 @@ def figure(
 ):
     "A matplotlib figure in the house style, its caption below -> (figure, axes)."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size[0] * ncols, size[1] * nrows), layout="constrained", squeeze=False)
-    for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=0.25)
+    fig, axes = plt.subplots(nrows, ncols, figsize=(size[0] * ncols, size[1] * nrows),
+                             layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
     fig.supxlabel(caption, fontsize=9, style="italic", wrap=True)
     return fig, axes[0, 0] if nrows * ncols == 1 else axes.squeeze()
 
@@ -104,12 +112,14 @@ class Steady:
             kind = getattr(self.stream, "encoding", None) or "ascii"
             self.write(text.encode(kind, "backslashreplace").decode(kind))
         except (OSError, ValueError, AttributeError) as e:
-            self.lost = e                      # a reader that has gone, a full disk, closed, not there
+            self.lost = e  # a reader that has gone, a full disk, closed, not there
         return len(text)
 
     def flush(self):
-        try: self.stream.flush()
-        except (OSError, ValueError, AttributeError) as e: self.lost = e
+        try:
+            self.stream.flush()
+        except (OSError, ValueError, AttributeError) as e:
+            self.lost = e
 
     def __getattr__(self, name): return getattr(self.stream, name)
 

@@ -46,23 +46,30 @@ def ddim_step(
     eta:float=0.0,     # 0: deterministic; 1: as much noise as the ancestral step with beta_tilde
     clip_x0:bool=True, # clamp x0_hat to [-1,1]
 ) -> Tensor: # x_{t-1}
-    "One DDIM step: x_prev = sqrt(ab_prev) x0_hat + sqrt(1 - ab_prev - sigma^2) eps + sigma noise, sigma = eta sqrt(beta_tilde)."
-    if not 0 <= eta <= 1: raise ValueError(f"eta must lie in 0..1 (0: no noise, 1: as much as the ancestral step), got {eta}")
+    """One DDIM step: x_prev = sqrt(ab_prev) x0_hat + sqrt(1 - ab_prev - sigma^2) eps + sigma noise,
+    sigma = eta sqrt(beta_tilde)."""
+    if not 0 <= eta <= 1:
+        raise ValueError("eta must lie in 0..1 (0: no noise, 1: as much as the ancestral step), "
+                         f"got {eta}")
     x0_hat = p_gaussian(s, out, xt, t, clip_x0, "beta").x0_hat
     eps = eps_from_x0(s, xt, t, x0_hat)
     var = eta**2 * s.beta_tilde
-    kept = (1 - s.alpha_bar_prev - var).clamp(min=0).sqrt()    # 0 at t = 0, where rounding must not make it -1e-17
-    return at(s.alpha_bar_prev.sqrt(), t, xt) * x0_hat + at(kept, t, xt) * eps + at(var.sqrt(), t, xt) * noise
+    # 0 at t = 0, where rounding must not make it -1e-17
+    kept = (1 - s.alpha_bar_prev - var).clamp(min=0).sqrt()
+    return (at(s.alpha_bar_prev.sqrt(), t, xt) * x0_hat + at(kept, t, xt) * eps
+            + at(var.sqrt(), t, xt) * noise)
 
 # %% ../nbs/09_respaced_sampling.ipynb #af1e9a7d
 def respace(
     s:Schedule, # the schedule
     keep,       # the steps to keep, 0-based, ascending, at least 2
 ) -> Schedule: # of len(keep) steps
-    "The schedule of a chain that visits only some steps (Eq. 19): the same alpha_bar there, betas to match, the network shown the original t."
+    """The schedule of a chain that visits only some steps (Eq. 19): the same alpha_bar there, betas
+    to match, the network shown the original t."""
     keep = [index(k) for k in keep]
     if len(keep) < 2 or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= len(s):
-        raise ValueError(f"keep must be at least 2 different steps of 0..{len(s) - 1} in ascending order, got {str(keep)[:60]}")
+        raise ValueError(f"keep must be at least 2 different steps of 0..{len(s) - 1} in ascending "
+                         f"order, got {str(keep)[:60]}")
     i = torch.tensor(keep, device=s.alpha_bar.device)
     kept = s.alpha_bar[i]
     return Schedule.from_betas(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), s.t_model[i])
@@ -76,7 +83,8 @@ def evenly(
     require(size, "there are more sections than steps: name fewer")
     require(1 <= n <= size, f"cannot keep {n} of {size} steps: choose 1 to {size}")
     stride = (size - 1) / (n - 1) if n > 1 else 0
-    return [round(j) for j in accumulate([0.0] + [stride] * (n - 1))]    # a running sum, as the official code has it
+    # a running sum, as the official code has it
+    return [round(j) for j in accumulate([0.0] + [stride] * (n - 1))]
 
 def every(
     T:int, # steps of the schedule
@@ -91,7 +99,7 @@ def every(
 
 def space_timesteps(
     T:int, # steps of the schedule
-    spec,  # 50 or "50": that many; "10,15,20": so many in each of equal sections; "ddim50": an integer stride
+    spec,  # 50 or "50": that many; "10,15": in each of equal sections; "ddim50": a stride
 ) -> list[int]: # the steps to keep, 0-based, ascending
     "Which steps to keep."
     spec = str(spec).replace(" ", "")
@@ -114,27 +122,38 @@ def normal(
     generator,  # a torch.Generator on any device, or None for torch's own
     device,     # where it is needed
 ) -> Tensor: # float32
-    "Standard normal noise, drawn where the generator lives: one seed gives the same numbers on every device."
-    return torch.randn(shape, generator=generator, device=device if generator is None else generator.device).to(device)
+    """Standard normal noise, drawn where the generator lives: one seed gives the same numbers on
+    every device."""
+    return torch.randn(shape, generator=generator,
+                       device=device if generator is None else generator.device).to(device)
 
 @contextmanager
 def evaluating(net):
-    "A network without dropout for the duration; afterwards every part of it is in the mode in which it was. What is no nn.Module passes as it is."
+    """A network without dropout for the duration; afterwards every part of it is in the mode in
+    which it was. What is no nn.Module passes as it is."""
     was = [(m, m.training) for m in net.modules()] if isinstance(net, nn.Module) else []
     try:
         if was: net.eval()
         yield net
     finally:
-        for m, training in was: m.training = training
+        for m, training in was:
+            m.training = training
 
 def check_request(shape, cond, chunk, x_T):
     "Refuse what `sample` cannot do, in one sentence."
-    if len(shape) != 4 or not all(hasattr(n, "__index__") and n > 0 for n in shape): raise ValueError(f"shape must be four whole numbers (N,C,H,W), all at least 1, got {tuple(shape)}")
-    if chunk < 1: raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
-    if x_T is not None and x_T.shape != torch.Size(shape): raise ValueError(f"x_T has shape {tuple(x_T.shape)}, but images of shape {tuple(shape)} are asked for")
+    if len(shape) != 4 or not all(hasattr(n, "__index__") and n > 0 for n in shape):
+        raise ValueError("shape must be four whole numbers (N,C,H,W), all at least 1, got "
+                         f"{tuple(shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk, the number of images at a time, must be at least 1, got {chunk}")
+    if x_T is not None and x_T.shape != torch.Size(shape):
+        raise ValueError(f"x_T has shape {tuple(x_T.shape)}, but images of shape {tuple(shape)} "
+                         "are asked for")
     for k, v in (cond or {}).items():
         if not torch.is_tensor(v) or v.ndim == 0 or len(v) != shape[0]:
-            raise ValueError(f"cond[{k!r}] must be a tensor with a row for each of the {shape[0]} images, got {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}")
+            raise ValueError(f"cond[{k!r}] must be a tensor with a row for "
+                             f"each of the {shape[0]} images, got "
+                             f"{tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}")
 
 def home(net, s):
     "Where a network lives; for a plain function, where the schedule does."
@@ -164,17 +183,27 @@ def chain(
     chunk:int|None=None,    # images that the network is shown at a time; None: all
     tick:Callable=lambda: None, # called after each chunk
 ) -> Iterator[Step]:
-    "The reverse chain step by step, from t = T-1 to 0. The network is used in the mode in which it is."
-    if method not in ("ddpm", "ddim"): raise ValueError(f"unknown method {method!r}: choose ddpm or ddim")
-    if variance not in ("learned", "beta", "beta_tilde"): raise ValueError(f"unknown variance {variance!r}: choose learned, beta or beta_tilde")
-    if method == "ddpm" and eta: raise ValueError(f"eta = {eta} belongs to method='ddim'; the noise of ddpm is chosen by `variance`")
+    """The reverse chain step by step, from t = T-1 to 0. The network is used in the mode in which
+    it is."""
+    if method not in ("ddpm", "ddim"):
+        raise ValueError(f"unknown method {method!r}: choose ddpm or ddim")
+    if variance not in ("learned", "beta", "beta_tilde"):
+        raise ValueError(f"unknown variance {variance!r}: choose learned, beta or beta_tilde")
+    if method == "ddpm" and eta:
+        raise ValueError(f"eta = {eta} belongs to method='ddim'; the noise of ddpm is chosen by "
+                         "`variance`")
     def moved(x, t, noise, **cond): # one chunk
-        out = net(x, model_time(s, t), **cond).to(x.dtype); tick()
-        return ddpm_step(s, out, x, t, noise, clip_x0, variance) if method == "ddpm" else ddim_step(s, out, x, t, noise, eta, clip_x0)
+        out = net(x, model_time(s, t), **cond).to(x.dtype)
+        tick()
+        return (ddpm_step(s, out, x, t, noise, clip_x0, variance) if method == "ddpm"
+                else ddim_step(s, out, x, t, noise, eta, clip_x0))
     for i in reversed(range(len(s))):
         t = torch.full((len(x),), i, device=x.device)
-        noise = normal(x.shape, generator, x.device).to(x) if eta or method == "ddpm" else torch.zeros_like(x)    # for all images at once
-        x = torch.cat([moved(x[p], t[p], noise[p], **{k: v[p] for k, v in (cond or {}).items()}) for p in portions(len(x), chunk)])
+        # for all images at once
+        noise = (normal(x.shape, generator, x.device).to(x) if eta
+                 or method == "ddpm" else torch.zeros_like(x))
+        x = torch.cat([moved(x[p], t[p], noise[p], **{k: v[p] for k, v in (cond or {}).items()})
+                       for p in portions(len(x), chunk)])
         yield Step(i, x)
 
 # %% ../nbs/09_respaced_sampling.ipynb #4d0804b2
@@ -189,7 +218,7 @@ def sample(
     progress:bool=True,# draw a bar
     clip_x0:bool=True, # clamp x0_hat to [-1,1]
     variance:str="learned", # for ddpm: "learned", "beta" or "beta_tilde"
-    chunk:int=256,     # images that the network is shown at a time; what comes out does not depend on it
+    chunk:int=256,     # images shown to the network at a time; changes no result
     device=None,       # None: the network's, or the schedule's if `net` is a plain function
     x_T:Tensor=None,   # where to start, (N,C,H,W); None: noise
     callback:Callable=None, # called after every step with (t, x)
@@ -198,9 +227,12 @@ def sample(
     check_request(shape, cond, chunk, x_T)
     s = s if steps is None else respace(s, space_timesteps(len(s), steps))
     device = device or home(net, s)
-    s, x_T = s.to(device), normal(shape, generator, device) if x_T is None else x_T.to(device, torch.float32)
+    s = s.to(device)
+    x_T = normal(shape, generator, device) if x_T is None else x_T.to(device, torch.float32)
     cond = {k: v.to(device) for k, v in (cond or {}).items()}
-    with evaluating(net), progress_bar(len(portions(len(x_T), chunk)) * len(s), "step", progress) as bar:
-        for step in chain(net, s, x_T, method, eta, generator, cond, clip_x0, variance, chunk, bar.update):
+    with evaluating(net), progress_bar(len(portions(len(x_T), chunk)) * len(s), "step",
+                                       progress) as bar:
+        for step in chain(net, s, x_T, method, eta, generator, cond, clip_x0, variance, chunk,
+                          bar.update):
             if callback: callback(*step)
     return step.x

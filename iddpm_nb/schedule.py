@@ -19,7 +19,8 @@ def cosine_alpha_bar(
     s:float=0.008, # offset that keeps the first betas from vanishing
 ) -> Tensor: # float64, 1 at u = 0 and 0 at u = 1
     "alpha_bar(u) = f(u)/f(0), f(u) = cos^2((u + s)/(1 + s) pi/2) (Eq. 17)."
-    f = lambda u: (((torch.as_tensor(u, dtype=torch.float64) + s) / (1 + s)) * (math.pi / 2)).cos()**2
+    f = lambda u: (((torch.as_tensor(u, dtype=torch.float64) + s) / (1 + s))
+                   * (math.pi / 2)).cos()**2
     return f(u) / f(0.0)
 
 # %% ../nbs/02_cosine_schedule.ipynb #bf0de5e7

@@ -75,7 +75,8 @@ def train_step(
     xt, losses = q_sample(s, x0, t, eps), []
     for i in portions(net, len(x0), micro):
         told = {k: v[i] for k, v in (cond or {}).items()}
-        with autocast(x0.device, precision): out = net(xt[i], model_time(s, t[i]), **told)
+        with autocast(x0.device, precision):
+            out = net(xt[i], model_time(s, t[i]), **told)
         losses.append(objective(loss, s, out.float(), x0[i], xt[i], t[i], eps[i], lam))
         ((losses[-1] * weights[i]).sum() / len(x0)).backward()
     length = nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf)
@@ -91,7 +92,7 @@ def ema_keep(
     "Share of the old average that update i keeps: with warm-up min(rate, (1 + i)/(10 + i))."
     return min(rate, (1 + i) / (10 + i)) if warmup else rate
 
-def ema_name(rate, warmup=True): return f"{rate}" if warmup else f"{rate}_plain"    # in files
+def ema_name(rate, warmup=True): return f"{rate}" if warmup else f"{rate}_plain"  # in files
 
 class EMA:
     "A running average of a network's weights, `.net`. Its `.name` tells rate and lack of warm-up."
@@ -109,7 +110,8 @@ class EMA:
         "Take in the weights after a training step, all in one call."
         keep = ema_keep(self.step, self.rate, self.warmup)
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - keep)
-        for mine, its in zip(self.net.buffers(), net.buffers()): mine.copy_(its)
+        for mine, its in zip(self.net.buffers(), net.buffers()):
+            mine.copy_(its)
         self.step += 1
 
 # %% ../nbs/08_training.ipynb #ed462116
@@ -129,10 +131,10 @@ def learning_rate(
 class Alone:
     "A team of one process. A larger one (`distributed.Team`) has the same methods."
     rank, size = 0, 1
-    def wrap(self, net): return net     # the network, made to average its gradients over the team
-    def gather(self, x): return x       # the rows of all processes, in the order of their ranks
-    def share(self, x): return x        # what the first process has
-    def any(self, flag): return flag    # whether it is true for any process
+    def wrap(self, net): return net  # the network, made to average its gradients over the team
+    def gather(self, x): return x  # the rows of all processes, in the order of their ranks
+    def share(self, x): return x  # what the first process has
+    def any(self, flag): return flag  # whether it is true for any process
 
 @dataclass(eq=False)
 class Training:
@@ -209,12 +211,14 @@ def train(
         t, w = run.sampler.sample(len(x0) * team.size, run.generator, device)
         eps = torch.randn(len(t), *x0.shape[1:], generator=run.generator, device=device)
         now = learning_rate(run.step, steps, lr, warmup, anneal)
-        for group in run.opt.param_groups: group["lr"] = now
+        for group in run.opt.param_groups:
+            group["lr"] = now
         losses, length = train_step(run.ask or run.net, run.opt, s, x0, t[mine], w[mine], eps[mine],
                                     loss, cond, precision, lam, micro, clip)
         losses = team.gather(losses)
         run.sampler.update(t, losses)
-        for ema in run.emas: ema.update(run.net)
+        for ema in run.emas:
+            ema.update(run.net)
         run.step += 1
         yield {"step": run.step, "T": len(s), "t": t, "losses": losses, "weights": w,
                "grad_norm": length, "lr": now}

@@ -23,7 +23,8 @@ def timestep_embedding(
 ) -> Tensor: # float32 (B,dim)
     "[cos(t f), sin(t f)] at dim/2 frequencies f from 1 down to about 1/max_period."
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32,
+                                                           device=t.device) / half)
     args = t[:, None].float() * freqs
     return F.pad(torch.cat([args.cos(), args.sin()], 1), (0, dim % 2))
 
@@ -32,19 +33,24 @@ def zero(
     module:nn.Module, # a layer
 ) -> nn.Module:
     "The same layer with all parameters 0: what it closes is silent at the start of training."
-    for p in module.parameters(): nn.init.zeros_(p)
+    for p in module.parameters():
+        nn.init.zeros_(p)
     return module
 
 class Norm(nn.GroupNorm):
-    "GroupNorm in 32 groups, or as many as given (fewer if the width asks for it), computed in float32 whatever comes in."
+    """GroupNorm in 32 groups, or as many as given (fewer if the width asks for it), computed in
+    float32 whatever comes in."""
     def __init__(self, channels, groups=32): super().__init__(math.gcd(groups, channels), channels)
     def forward(self, x):
-        h = x if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.float()     # that kernel sums in float32 by itself
-        return F.group_norm(h, self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        # that kernel sums in float32 by itself
+        h = x if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.float()
+        return F.group_norm(h, self.num_groups, self.weight.float(), self.bias.float(),
+                            self.eps).to(x.dtype)
 
 # %% ../nbs/07_unet.ipynb #274ee7df
 class ResBlock(nn.Module):
-    "x + f(x, emb): two 3x3 convolutions, told of t (and class) by scale and shift of the norm between them."
+    """x + f(x, emb): two 3x3 convolutions, told of t (and class) by scale and shift of the norm
+    between them."""
     def __init__(self,
         channels_in:int,         # width before
         channels_out:int,        # width after
@@ -55,11 +61,13 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1, self.conv1 = Norm(channels_in, groups), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm1 = Norm(channels_in, groups)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.emb = nn.Linear(emb_dim, channels_out * (2 if scale_shift else 1))
         self.norm2, self.dropout = Norm(channels_out, groups), nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
-        self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        self.skip = (nn.Identity() if channels_in == channels_out
+                     else nn.Conv2d(channels_in, channels_out, 1))
 
     def forward(self, x, emb): # (B,channels_in,H,W), (B,emb_dim) -> (B,channels_out,H,W)
         h = self.conv1(F.silu(self.norm1(x)))
@@ -117,12 +125,14 @@ class Down(nn.Conv2d):
 class Up(nn.Conv2d):
     "Twice the resolution: each pixel repeated, then a 3x3 convolution."
     def __init__(self, channels): super().__init__(channels, channels, 3, padding=1)
-    def forward(self, x, emb=None): return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x, emb=None):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 class Stage(nn.ModuleList):
     "Blocks in a row, each given the embedding."
     def forward(self, x, emb):
-        for block in self: x = block(x, emb)
+        for block in self:
+            x = block(x, emb)
         return x
 
 # %% ../nbs/07_unet.ipynb #47039919
@@ -221,7 +231,8 @@ def check_inputs(net, x, t, y):
 
 # %% ../nbs/07_unet.ipynb #652c007c
 class UNet(nn.Module):
-    "The paper's network: noisy images, what stands for t, and labels if it has classes -> eps_hat and u (or eps_hat alone)."
+    """The paper's network: noisy images, what stands for t, and labels if it has classes -> eps_hat
+    and u (or eps_hat alone)."""
     def __init__(self,
         in_channels:int,      # C of the images (more with a condition concatenated)
         out_channels:int,     # 2C: eps_hat and u; C with a fixed variance
@@ -233,31 +244,43 @@ class UNet(nn.Module):
         num_heads:int=4,      # attention heads
         dropout:float=0.0,    # in every residual block
         num_classes:int|None=None, # labels 0..num_classes-1 are asked for, if given
-        scale_shift:bool=True,# the embedding scales and shifts the norm; False: it is added before it
+        scale_shift:bool=True,# the embedding scales and shifts the norm; False: is added
         groups:int=32,        # of each norm; a network of 32 channels wants fewer
     ):
-        super().__init__(); check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions, image_size, num_heads, num_classes, groups)
-        self.in_channels, self.channels, self.halvings, self.num_classes = in_channels, channels, len(mult) - 1, num_classes
+        super().__init__()
+        check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions,
+                   image_size, num_heads, num_classes, groups)
+        self.in_channels = in_channels
+        self.channels = channels
+        self.halvings = len(mult) - 1
+        self.num_classes = num_classes
         emb_dim, sizes = 4 * channels, (channels, mult, num_res_blocks, image_size)
         res = lambda c1, c2: ResBlock(c1, c2, emb_dim, dropout, scale_shift, groups)
-        blocks = lambda c1, c2, size: [res(c1, c2)] + [Attention(c2, num_heads, groups)] * (size in attn_resolutions)
-        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        blocks = lambda c1, c2, size: [res(c1, c2)] + [Attention(c2, num_heads,
+                    groups)] * (size in attn_resolutions)
+        self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(),
+                                        nn.Linear(emb_dim, emb_dim))
         if num_classes: self.label_embed = nn.Embedding(num_classes, emb_dim)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, widths = way_down(blocks, *sizes)
-        self.middle = Stage([res(widths[-1], widths[-1]), Attention(widths[-1], num_heads, groups), res(widths[-1], widths[-1])])
+        self.middle = Stage([res(widths[-1], widths[-1]), Attention(widths[-1], num_heads, groups),
+                             res(widths[-1], widths[-1])])
         self.up = way_up(blocks, *sizes, widths)
-        self.norm_out, self.conv_out = Norm(mult[0] * channels, groups), zero(nn.Conv2d(mult[0] * channels, out_channels, 3, padding=1))
+        self.norm_out = Norm(mult[0] * channels, groups)
+        self.conv_out = zero(nn.Conv2d(mult[0] * channels, out_channels, 3, padding=1))
 
     def forward(self,
-        x:Tensor, t:Tensor, # noisy images (B,in_channels,H,W); what stands for t, `model_time(s, t)`, (B,)
+        x:Tensor, # noisy images, (B,in_channels,H,W)
+        t:Tensor, # what stands for t, `model_time(s, t)`, (B,)
         y:Tensor|None=None, # labels int64 (B,), if the network has classes
     ) -> Tensor: # (B,out_channels,H,W)
         check_inputs(self, x, t, y)
         e = self.time_embed(timestep_embedding(t, self.channels).to(self.conv_in.weight.dtype))
         if y is not None: e = e + self.label_embed(y)
         maps = [h := self.conv_in(x)]
-        for stage in self.down: maps.append(h := stage(h, e))
+        for stage in self.down:
+            maps.append(h := stage(h, e))
         h = self.middle(h, e)
-        for stage in self.up: h = stage(torch.cat([h, maps.pop()], 1), e)
+        for stage in self.up:
+            h = stage(torch.cat([h, maps.pop()], 1), e)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -18,11 +18,12 @@ def fixed_logvar(
     s:Schedule,  # the schedule
     t:Tensor,    # 0-based steps, int64 (B,)
     like:Tensor, # images (B,C,H,W): type, device and dimensions are taken over
-    kind:str,    # "beta" (right for unit Gaussian data) or "beta_tilde" (for data that are one point)
+    kind:str,    # "beta" (right for unit Gaussian data), "beta_tilde" (for one point)
 ) -> Tensor: # (B,1,1,1), natural logarithm
     "Log of a fixed reverse variance. At t = 0 both are that of beta_tilde at t = 1."
     if kind == "beta_tilde": return posterior_logvar(s, t, like)
-    if kind != "beta": raise ValueError(f"unknown variance {kind!r}: choose beta, beta_tilde or learned")
+    if kind != "beta":
+        raise ValueError(f"unknown variance {kind!r}: choose beta, beta_tilde or learned")
     return at(torch.cat([clipped_beta_tilde(s)[:1], s.beta[1:]]).log(), t, like)
 
 def learned_logvar(
@@ -41,9 +42,12 @@ def split_out(
 ) -> tuple[Tensor, Tensor | None]: # eps_hat (B,C,H,W), and u (B,C,H,W) or None
     "The network's two halves: the noise it sees, and the raw variance channels if it has any."
     C = xt.shape[1]
-    if out.shape[0] != xt.shape[0] or out.shape[2:] != xt.shape[2:] or out.shape[1] not in (C, 2 * C):
-        raise ValueError(f"the network returned {tuple(out.shape)} for images {tuple(xt.shape)}: it must return {C} channels, or {2 * C} with a learned variance")
-    out = out.to(torch.promote_types(out.dtype, xt.dtype))      # a network may run in bfloat16, the mathematics may not
+    if out.shape[0] != xt.shape[0] or out.shape[2:] != xt.shape[2:] or out.shape[1] not in (C,
+                    2 * C):
+        raise ValueError(f"the network returned {tuple(out.shape)} for images {tuple(xt.shape)}: "
+                         f"it must return {C} channels, or {2 * C} with a learned variance")
+    # a network may run in bfloat16, the mathematics may not
+    out = out.to(torch.promote_types(out.dtype, xt.dtype))
     return out[:, :C], out[:, C:] if out.shape[1] == 2 * C else None
 
 class Gaussian(NamedTuple):
@@ -58,15 +62,19 @@ def p_gaussian(
     out:Tensor,              # network output: eps_hat, then u if the variance is learned
     xt:Tensor,               # noisy images, (B,C,H,W)
     t:Tensor,                # 0-based steps, int64 (B,)
-    clip_x0:bool=False,      # clamp x0_hat to [-1,1] first: for sampling and likelihoods, not for training
+    clip_x0:bool=False,      # clamp x0_hat to [-1,1] first: not for training
     variance:str="learned",  # "learned", "beta" or "beta_tilde"
 ) -> Gaussian:
-    "The reverse step p(x_{t-1} | x_t): the posterior with x0_hat in the place of x_0, and the variance asked for."
+    """The reverse step p(x_{t-1} | x_t): the posterior with x0_hat in the place of x_0, and the
+    variance asked for."""
     eps_hat, u = split_out(out, xt)
-    if variance == "learned" and u is None: raise ValueError(f"a learned variance needs {2 * xt.shape[1]} output channels, this network has {out.shape[1]}: use variance='beta' or 'beta_tilde'")
+    if variance == "learned" and u is None:
+        raise ValueError(f"a learned variance needs {2 * xt.shape[1]} output channels, this "
+                         f"network has {out.shape[1]}: use variance='beta' or 'beta_tilde'")
     x0_hat = x0_from_eps(s, xt, t, eps_hat)
     if clip_x0: x0_hat = x0_hat.clamp(-1, 1)
-    logvar = learned_logvar(s, u, t) if variance == "learned" else fixed_logvar(s, t, xt, variance).expand_as(xt)
+    logvar = (learned_logvar(s, u, t) if variance == "learned"
+              else fixed_logvar(s, t, xt, variance).expand_as(xt))
     return Gaussian(posterior_mean(s, x0_hat, xt, t), logvar, x0_hat)
 
 # %% ../nbs/04_learned_variance.ipynb #480b1ff5
@@ -76,11 +84,13 @@ def ideal_out(
     xt:Tensor,   # noisy images, (B,C,H,W)
     t:Tensor,    # 0-based steps, int64 (B,)
 ) -> Tensor: # (B,2C,H,W): eps_hat and u
-    """What a perfect network would return when the data are these N images: E[eps | x_t], and the u whose variance is
-    the true Var[x_{t-1} | x_t] = beta_tilde + w0^2 Var[x_0 | x_t] of each dimension (at t = 0 at least a tenth of a pixel level)."""
+    """What a perfect network would return when the data are these N images: E[eps | x_t], and the
+    u whose variance is the true Var[x_{t-1} | x_t] = beta_tilde + w0^2 Var[x_0 | x_t] of each
+    dimension (at t = 0 at least a tenth of a pixel level)."""
     w, d, x = data_weights(s, data, xt, t), data.flatten(1).double(), xt.double()
     x0 = w @ d
-    var0 = (w @ d**2 - x0**2).clamp(min=0).reshape(xt.shape)    # rounding here, 1e-16, is far below beta_tilde
+    # rounding here, 1e-16, is far below beta_tilde
+    var0 = (w @ d**2 - x0**2).clamp(min=0).reshape(xt.shape)
     w0 = s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar)
     floor = torch.cat([s.beta.new_tensor([(0.1 * 2 / 255)**2]), s.beta_tilde[1:]])
     var = (at(s.beta_tilde, t, x) + at(w0, t, x)**2 * var0).maximum(at(floor, t, x))

@@ -55,7 +55,8 @@ def small():
 
 def go(run, steps=3):
     loop = train(run, make_schedule("cosine", 20), 100, lr=1e-3)
-    for _ in range(steps): next(loop)
+    for _ in range(steps):
+        next(loop)
     return run
 
 
@@ -65,7 +66,8 @@ def step_by(run):
         g = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         p.grad = torch.empty_like(p).copy_(g)
     run.opt.step()
-    for ema in run.emas: ema.update(run.net)
+    for ema in run.emas:
+        ema.update(run.net)
     return weights(run)
 
 
@@ -76,7 +78,8 @@ def weights(run):
 
 def saved(folder, *steps, keep=9):
     run = small()
-    for run.step in steps: save_checkpoint(folder, run, {}, keep)
+    for run.step in steps:
+        save_checkpoint(folder, run, {}, keep)
     return run
 
 
@@ -92,7 +95,8 @@ def names(folder):
 
 def one_sentence(call, *kinds):
     "What a call is refused with: one line that a terminal can show."
-    with pytest.raises(kinds or ValueError) as e: call()
+    with pytest.raises(kinds or ValueError) as e:
+        call()
     said = str(e.value)
     assert said and len(said) < 600 and said.isprintable(), repr(said)
     return said
@@ -116,7 +120,8 @@ def test_moments_and_averages_follow_the_layout_of_their_weights(tmp_path, layou
 def test_a_network_laid_out_anew_after_some_steps_keeps_its_moments(layout):
     runs = [go(start()), go(start())]
     runs[1].net.to(memory_format=layout)
-    for run in runs: next(train(run, make_schedule("cosine", 20), 4, lr=0.0))
+    for run in runs:
+        next(train(run, make_schedule("cosine", 20), 4, lr=0.0))
     assert torch.equal(step_by(runs[0]), step_by(runs[1]))
     for p, q in zip(runs[1].net.parameters(), runs[1].emas[0].net.parameters()):
         assert p.stride() == q.stride()
@@ -136,7 +141,8 @@ def test_a_score_that_is_not_finite_never_is_the_best(tmp_path, bad):
 
 def test_a_checkpoint_without_a_score_stays_until_it_is_measured(tmp_path):
     run = small()
-    for run.step in (1, 2, 3): save_checkpoint(tmp_path, run, {}, 2)
+    for run.step in (1, 2, 3):
+        save_checkpoint(tmp_path, run, {}, 2)
     checkpoint.mark_best(tmp_path, 3, 1.0, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["0000002", "0000003"]
     one_sentence(lambda: checkpoint.mark_best(tmp_path, 7, 0.5, 2))
@@ -183,9 +189,11 @@ def test_strange_names_are_no_steps(tmp_path, name):
 
 def test_the_step_in_the_state_decides_not_the_name(tmp_path):
     saved(tmp_path, 3, 6)
-    for name in "9999999", "12345678": shutil.copytree(tmp_path / "0000003", tmp_path / name)
+    for name in "9999999", "12345678":
+        shutil.copytree(tmp_path / "0000003", tmp_path / name)
     run = small()
-    with pytest.warns(UserWarning) as said: assert resume(tmp_path, run).name == "0000006"
+    with pytest.warns(UserWarning) as said:
+        assert resume(tmp_path, run).name == "0000006"
     assert ["12345678" in str(w.message) for w in said] == [True, False]
     assert run.step == 6
     assert [p.name for p in checkpoints(tmp_path)] == ["0000003", "0000006"]
@@ -213,7 +221,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeyp
     saved(tmp_path, 1)
     def stuck(path, *args, **kwargs): raise OSError(errno.EBUSY, "Device or resource busy")
     monkeypatch.setattr(shutil, "rmtree", stuck)
-    with pytest.warns(UserWarning, match="0000001"): saved(tmp_path, 2, keep=1)
+    with pytest.warns(UserWarning, match="0000001"):
+        saved(tmp_path, 2, keep=1)
     assert checkpoint.whole(tmp_path / "0000002")
 
 
@@ -221,7 +230,8 @@ def test_damaged_a_second_time(tmp_path):
     for _ in range(2):
         run = saved(tmp_path, 3, 6)
         (tmp_path / "0000006" / "state.pt").write_bytes(b"cut")
-        with pytest.warns(UserWarning, match="damaged"): path = resume(tmp_path, run)
+        with pytest.warns(UserWarning, match="damaged"):
+            path = resume(tmp_path, run)
         assert path.name == "0000003"
     assert len([n for n in names(tmp_path) if "damaged" in n]) == 2
 
@@ -317,7 +327,8 @@ def put(path, new):
     def edit(state):
         *way, last = path
         place = state
-        for k in way: place = place[k]
+        for k in way:
+            place = place[k]
         place[last] = new(place[last]) if callable(new) else new
         return state
     return edit
@@ -358,7 +369,8 @@ STATES = {
 @pytest.mark.parametrize("edit", STATES.values(), ids=STATES)
 def test_a_state_of_another_form_is_refused_and_nothing_is_changed(tmp_path, edit):
     run = small()
-    for p in run.net.parameters(): p.grad = torch.ones_like(p)
+    for p in run.net.parameters():
+        p.grad = torch.ones_like(p)
     run.opt.step()
     run.step = 3
     path = save_checkpoint(tmp_path, run, {})
@@ -368,8 +380,10 @@ def test_a_state_of_another_form_is_refused_and_nothing_is_changed(tmp_path, edi
     before, own = weights(other), copy.deepcopy(checkpoint.training_state(other))
     with warnings.catch_warnings():            # a step that is not its folder's is passed over
         warnings.simplefilter("ignore")
-        try: assert resume(tmp_path, other) is None
-        except ValueError as e: assert str(e).isprintable() and len(str(e)) < 600
+        try:
+            assert resume(tmp_path, other) is None
+        except ValueError as e:
+            assert str(e).isprintable() and len(str(e)) < 600
     now = checkpoint.training_state(other)
     assert torch.equal(weights(other), before) and other.step == 0 and not now["opt"]["state"]
     assert all(torch.equal(now["rng"][k], own["rng"][k]) for k in own["rng"])
@@ -379,9 +393,11 @@ def test_a_state_of_another_form_is_refused_and_nothing_is_changed(tmp_path, edi
 def test_a_packed_state_is_not_unpacked(tmp_path):
     saved(tmp_path, 3)
     path = tmp_path / "0000003" / "state.pt"
-    with zipfile.ZipFile(path) as z: files = {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(path) as z:
+        files = {n: z.read(n) for n in z.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for n, data in files.items(): z.writestr(n, data)
+        for n, data in files.items():
+            z.writestr(n, data)
         z.writestr("archive/data/bomb", b"\0" * 10**7)
     renew(path.parent)
     assert "state.pt" in one_sentence(lambda: resume(tmp_path, small()))
@@ -422,7 +438,8 @@ def once():
 def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, once):
     log(tmp_path, M)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)              # not installed
-    with pytest.warns(UserWarning, match=r"curve\.png was not drawn") as said: curve(tmp_path)
+    with pytest.warns(UserWarning, match=r"curve\.png was not drawn") as said:
+        curve(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         curve(tmp_path)                                                     # said once
@@ -452,11 +469,13 @@ def test_a_curve_of_a_run_of_any_name(tmp_path, name, once):
 def test_a_curve_that_is_in_the_way_or_may_not_be_written(tmp_path, monkeypatch, once):
     log(tmp_path, M)
     (tmp_path / "curve.png").mkdir()
-    with pytest.warns(UserWarning, match="not drawn"): curve(tmp_path)
+    with pytest.warns(UserWarning, match="not drawn"):
+        curve(tmp_path)
     watching.SAID.clear()
     def full(*args): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.warns(UserWarning, match="not drawn"): curve(tmp_path)
+    with pytest.warns(UserWarning, match="not drawn"):
+        curve(tmp_path)
     import matplotlib.pyplot as plt
     assert not plt.get_fignums()
 
@@ -467,9 +486,11 @@ def test_a_tensorboard_that_raises(tmp_path, monkeypatch, once):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    with pytest.warns(UserWarning, match="TensorBoard"): assert board(tmp_path) is None
+    with pytest.warns(UserWarning, match="TensorBoard"):
+        assert board(tmp_path) is None
     broken = types.SimpleNamespace(add_scalar=lambda *args: 1 / 0, flush=lambda: None)
-    with pytest.warns(UserWarning, match="TensorBoard"): log(tmp_path, M, broken)
+    with pytest.warns(UserWarning, match="TensorBoard"):
+        log(tmp_path, M, broken)
     assert read_log(tmp_path) == [M]
 
 
@@ -478,10 +499,13 @@ def test_a_log_that_takes_no_lines(tmp_path, monkeypatch, once):
     def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as m:
         m.setattr("builtins.open", full)
-        with pytest.warns(UserWarning, match="No space left"): log(tmp_path, M)
-    with open(tmp_path / "metrics.jsonl", "a") as f: f.write('{"step": 3, "lo')        # half a line
+        with pytest.warns(UserWarning, match="No space left"):
+            log(tmp_path, M)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "lo')  # half a line
     log(tmp_path, M | {"step": 4})
-    with pytest.warns(UserWarning, match="another form"): rows = read_log(tmp_path)
+    with pytest.warns(UserWarning, match="another form"):
+        rows = read_log(tmp_path)
     assert [r["step"] for r in rows] == [2, 4]
 
 
@@ -491,7 +515,8 @@ def test_a_log_that_cannot_be_read_is_not_emptied(tmp_path, monkeypatch, once):
     with monkeypatch.context() as m:
         m.setattr(Path, "read_bytes", denied)
         m.setattr(Path, "read_text", denied)
-        with pytest.warns(UserWarning, match="left as it is"): rows = read_log(tmp_path, upto=1)
+        with pytest.warns(UserWarning, match="left as it is"):
+            rows = read_log(tmp_path, upto=1)
     assert rows == []
     assert read_log(tmp_path) == [M]
 
@@ -514,15 +539,18 @@ def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
         if how.get("mmap"): return real(*args, **how)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to get 9 bytes")
     monkeypatch.setattr(torch, "load", full)
-    with pytest.raises(RuntimeError, match="allocate"): resume(tmp_path, small())
+    with pytest.raises(RuntimeError, match="allocate"):
+        resume(tmp_path, small())
 
 
 @pytest.mark.parametrize("kind, how", [("SGD", {"momentum": 0.9, "fused": True}), ("Adafactor", {}),
                                        ("Adam", {"amsgrad": True}), ("RMSprop", {})])
 def test_other_optimizers_go_on_too(tmp_path, kind, how):
     run, other = small(), small()
-    for r in (run, other): r.opt = getattr(torch.optim, kind)(r.net.parameters(), lr=0.01, **how)
-    for _ in range(2): step_by(run)
+    for r in (run, other):
+        r.opt = getattr(torch.optim, kind)(r.net.parameters(), lr=0.01, **how)
+    for _ in range(2):
+        step_by(run)
     save_checkpoint(tmp_path, run, {})
     assert resume(tmp_path, other) and torch.equal(step_by(other), step_by(run))
 

@@ -45,7 +45,8 @@ def soon(seconds=60):
     def late(*args): raise Slow(f"longer than {seconds} s")
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
-    try: yield
+    try:
+        yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -55,8 +56,10 @@ def ask(command, *words, out=None):
     "Type a command -> its status, and what it printed."
     out, err, status = out or io.StringIO(), io.StringIO(), 0
     with soon(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: command([str(w) for w in words])
-        except SystemExit as e: status = e.code or 0
+        try:
+            command([str(w) for w in words])
+        except SystemExit as e:
+            status = e.code or 0
     return status, out.getvalue() if isinstance(out, io.StringIO) else "", err.getvalue()
 
 
@@ -244,15 +247,18 @@ def test_memory_that_runs_out_is_a_sentence_with_a_hint(monkeypatch, command, er
 def test_faults_of_ours_are_not_hidden(monkeypatch, error):
     def fail(*args, **kwargs): raise error
     monkeypatch.setattr(sampling, "load", fail)
-    with pytest.raises(type(error)): ask(iddpm_sample, "base")
+    with pytest.raises(type(error)):
+        ask(iddpm_sample, "base")
 
 
 # what a sampling leaves behind
 
 def made(folder, name):
     "The arrays of a sampling, and the size of its picture."
-    with np.load(folder / f"{name}.npz") as f: arrays = {k: f[k] for k in f.files}
-    with Image.open(folder / f"{name}.png") as picture: return arrays, picture.size
+    with np.load(folder / f"{name}.npz") as f:
+        arrays = {k: f[k] for k in f.files}
+    with Image.open(folder / f"{name}.png") as picture:
+        return arrays, picture.size
 
 
 def spied(monkeypatch):
@@ -419,8 +425,10 @@ def test_a_warning_is_one_line(monkeypatch):
 
 def typed(*words, first="pass", **how):
     "Start a sampling in a process of its own."
-    line = f"import os; from iddpm_nb.cli import sample; {first}; sample.iddpm_sample({[*map(str, words)]!r})"
+    line = (f"import os; from iddpm_nb.cli import sample; {first}; "
+            f"sample.iddpm_sample({[*map(str, words)]!r})")
     env = os.environ | {"PYTHONPATH": str(Path(sampling.__file__).parents[2]), "TQDM_DISABLE": "1"}
+    env.pop("PYTHONUNBUFFERED", None)  # what is buffered is written at the end, and may fail there
     how = {"stderr": subprocess.PIPE, "env": env | {"OMP_NUM_THREADS": "1"}} | how
     return subprocess.Popen([sys.executable, "-c", line], **how)
 
@@ -449,7 +457,8 @@ def test_closed_and_full_outputs_lose_nothing(tmp_path):
     assert [p.wait() for p in (gone, full, both)] == [0, 0, 0]
     assert said["gone"] == b"" and said["full"].count(b"\n") == 1
     assert b"No space left" in said["full"]
-    for name in ("gone", "full", "both"): made(tmp_path, name)
+    for name in ("gone", "full", "both"):
+        made(tmp_path, name)
 
 
 def test_two_at_once_and_outputs_that_are_not_there(tmp_path):
@@ -480,7 +489,8 @@ def test_killed_by_a_signal_the_same_command_works_again(tmp_path, where):
 def hostile(tmp_path, change):
     "A model file of ours whose configuration is changed."
     file = next(Path("classes/checkpoints").glob("*/model.safetensors"))
-    with safe_open(file, "pt") as f: config = json.loads(f.metadata()["iddpm_nb"])
+    with safe_open(file, "pt") as f:
+        config = json.loads(f.metadata()["iddpm_nb"])
     config["averages"] = []
     text = change(config)
     if not isinstance(text, str): text = json.dumps(config)
@@ -490,14 +500,16 @@ def hostile(tmp_path, change):
 
 def put(*keys, value):
     def change(config):
-        for k in keys[:-1]: config = config[k]
+        for k in keys[:-1]:
+            config = config[k]
         config[keys[-1]] = value
     return change
 
 
 def without(*keys):
     def change(config):
-        for k in keys[:-1]: config = config[k]
+        for k in keys[:-1]:
+            config = config[k]
         del config[keys[-1]]
     return change
 
@@ -509,13 +521,12 @@ HOSTILE = {
     **{f"classes {v}": put("classes", value=v) for v in ([1, 2], ["a"], "abc", 5)},
     **{f"text {v[:10]}": lambda config, v=v: v
        for v in ("null", "[]", "7", '{"network"', "", "[" * 10**5 + "]" * 10**5)},
-    **{f"{k} {v}"[:40]: put("network", k, value=v) for k, v in (
-        ("num_classes", 10**9), ("channels", 10**9), ("channels", "wide"),
-        ("dropout", float("nan")), ("mult", [1] * 1000), ("mult", []), ("num_res_blocks", 10**6), ("image_size", 10**6),
-        ("colour", "red"), ("groups", 0), ("num_heads", -1), ("low_size", 4))},
+    **{f"{k} {v}"[:40]: put("network", k, value=v) for k, v in (("num_classes", 10**9),
+            ("channels", 10**9), ("channels", "wide"), ("dropout", float("nan")),
+            ("mult", [1] * 1000), ("mult", []), ("num_res_blocks", 10**6), ("image_size", 10**6),
+            ("colour", "red"), ("groups", 0), ("num_heads", -1), ("low_size", 4))},
     "no width": without("network", "channels"), "a list": put("network", value=[]),
-    "variance": put("variance", value="none"),
-}
+    "variance": put("variance", value="none"),}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -535,7 +546,8 @@ def test_averages_are_not_believed(tmp_path, averages):
 def test_weights_without_their_average_are_named(tmp_path):
     file = next(Path("classes/checkpoints").glob("*/model.safetensors"))
     (tmp_path / "model.safetensors").write_bytes(file.read_bytes())
-    with pytest.warns(UserWarning, match="has no ema_0.995"): models.load(tmp_path)
+    with pytest.warns(UserWarning, match="has no ema_0.995"):
+        models.load(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         models.load(tmp_path, "model")
@@ -599,7 +611,8 @@ def test_auto_passes_over_what_is_no_run(monkeypatch, tmp_path):
     assert status == 0 and "steps 0 to 2" in out and err.count("passed over") == 4, err
     status, out, err = ask(iddpm_train, *line, "--steps", 4)
     assert status == 0 and "steps 2 to 4" in out
-    for name in "abcd": assert name in refused(iddpm_train, "--resume", f"runs/{name}")
+    for name in "abcd":
+        assert name in refused(iddpm_train, "--resume", f"runs/{name}")
     refused(iddpm_train, *line, "--out", "runs/b")
 
 
@@ -622,15 +635,19 @@ def test_git_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     models.commit.cache_clear()
     try:
-        with soon(20): assert models.commit() is None
-    finally: models.commit.cache_clear()
+        with soon(20):
+            assert models.commit() is None
+    finally:
+        models.commit.cache_clear()
 
 
 def test_seeds_of_the_library():
     model = models.load("base")
     for seed in (-1, 2**63, 2**64):
-        with pytest.raises(ValueError, match="a seed is a whole number"): model.sample(1, 2, seed)
+        with pytest.raises(ValueError, match="a seed is a whole number"):
+            model.sample(1, 2, seed)
         with pytest.raises(ValueError, match="a seed is a whole number"):
             model.bits_per_dim(torch.zeros(1, 1, 4, 4), 2, seed)
     assert model.sample(1, 2, 2**63 - 1).shape == (1, 1, 4, 4)
-    with pytest.raises(MemoryError, match="draw fewer"): model.sample(10**12, 2)
+    with pytest.raises(MemoryError, match="draw fewer"):
+        model.sample(10**12, 2)

@@ -35,7 +35,8 @@ def pictures(tmp_path_factory):
 
 def asked(pictures, size, model=None, **train):
     train = dict(steps=2, batch=2, save_every=1, precision="float32") | train
-    return Config(DataConfig(str(pictures), size), model or ModelConfig(), train=TrainConfig(**train))
+    return Config(DataConfig(str(pictures), size), model or ModelConfig(),
+                  train=TrainConfig(**train))
 
 
 def trained(c, out, **how):
@@ -66,10 +67,11 @@ def test_what_was_asked_for_is_kept_and_said_once(pictures, tmp_path):
 
 EDGES = """--T 10000000 | --batch 1000000000 | --threads 1000000 | --threads 0 | --threads 4096
 --workers -1 | --seed -1 | --seed 18446744073709551615 | --micro 0 | --warmup -1 | --steps 0
---lr nan | --lr inf | --lr 0 | --clip nan | --weight-decay inf | --lam nan | --dropout nan | --ema nan
---class-cond --label-drop nan | --class-cond --label-drop 1 | --upsample-from 4 --noise-augment inf
---channels 100000 | --mult 1 0 | --num-res-blocks 1000000 | --keep 0
---image-size 1000000 | --save-every 0 | --log-every -5 | --num-heads 0 | --groups 0"""
+--lr nan | --lr inf | --lr 0 | --clip nan | --weight-decay inf | --lam nan | --dropout nan
+--ema nan | --class-cond --label-drop nan | --class-cond --label-drop 1
+--upsample-from 4 --noise-augment inf | --channels 100000 | --mult 1 0 | --keep 0
+--num-res-blocks 1000000 | --image-size 1000000 | --save-every 0 | --log-every -5 | --num-heads 0
+--groups 0"""
 
 
 @pytest.mark.parametrize("line", [w.strip() for w in EDGES.replace("\n", "|").split("|")])
@@ -113,7 +115,8 @@ def test_options_that_do_not_fit_the_images(pictures, tmp_path):
 def changed(how, tmp_path):
     "The shipped model, its configuration changed."
     with safe_open(MODEL, "pt") as f:
-        tensors, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["iddpm_nb"])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+        about = json.loads(f.metadata()["iddpm_nb"])
     about = how(about)
     text = about if isinstance(about, str) else json.dumps(about)
     save_file(tensors, tmp_path / "m.safetensors", {"format": "pt", "iddpm_nb": text})
@@ -141,7 +144,8 @@ HOSTILE = [part("network", channels=10**9), part("network", channels=40_000),
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_checkpoint_is_not_believed(how, tmp_path):
     path, start = changed(how, tmp_path), time.perf_counter()
-    with pytest.raises(ValueError) as e: load(path)
+    with pytest.raises(ValueError) as e:
+        load(path)
     assert len(str(e.value)) < 600 and "\n" not in str(e.value)
     assert time.perf_counter() - start < 5
 
@@ -185,7 +189,8 @@ def test_an_edited_config_json_is_refused(stopped, where, how):
     try:
         with pytest.raises(ValueError, match="config.json says .* the checkpoint was trained with"):
             trained(saved_config(stopped), None, resume_from=stopped)
-    finally: path.write_text(before)
+    finally:
+        path.write_text(before)
 
 
 @pytest.mark.parametrize("how", [{"steps": True}, {"lr": None, "pace": 1}, {"batch": 10**9},
@@ -196,8 +201,10 @@ def test_a_config_json_that_makes_no_sense(stopped, how):
     c = json.loads(before)
     path.write_text(json.dumps(c | {"train": c["train"] | how}))
     try:
-        with pytest.raises(ValueError, match="not the configuration of a run"): saved_config(stopped)
-    finally: path.write_text(before)
+        with pytest.raises(ValueError, match="not the configuration of a run"):
+            saved_config(stopped)
+    finally:
+        path.write_text(before)
 
 
 def test_memory_that_ran_out_is_cured_on_resume(stopped):

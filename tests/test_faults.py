@@ -27,12 +27,14 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
         assert resume(tmp_path, run).name == "0000004" and run.step == 4
     run.step = 5
     assert save_checkpoint(tmp_path, run, {}, keep=1).is_dir()
-    assert [p.name for p in checkpoints(tmp_path)] == ["0000005"] and whole(checkpoints(tmp_path)[0])
+    assert ([p.name for p in checkpoints(tmp_path)] == ["0000005"]
+            and whole(checkpoints(tmp_path)[0]))
 
 
 def test_the_logged_loss_is_the_weighted_one():
     losses, weights = torch.tensor([1.0, 9.0]), torch.tensor([2.0, 0.5])
-    m = {"losses": losses, "weights": weights, "t": torch.tensor([0, 1]), "T": 4, "step": 1, "grad_norm": torch.tensor(1.0)}
+    m = {"losses": losses, "weights": weights, "t": torch.tensor([0, 1]), "T": 4, "step": 1,
+         "grad_norm": torch.tensor(1.0)}
     assert read_metrics([m])["loss"] == pytest.approx(3.25)
 
 

@@ -46,14 +46,16 @@ def test_only_arrows_upward_are_faults():
 @pytest.fixture
 def copy(tmp_path):
     "The notebooks and modules, in a folder of their own with its own git."
-    for name in ("nbs", "iddpm_nb", "tools"): shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("nbs", "iddpm_nb", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run(["git", "init", "-q", "."], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def said(copy, tool, status):
-    done = subprocess.run([sys.executable, f"tools/{tool}.py"], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, f"tools/{tool}.py"], cwd=copy, capture_output=True,
+                          text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -63,6 +65,12 @@ def test_layers(copy):
     module = copy / "iddpm_nb" / "forward.py"
     module.write_text(module.read_text() + "\nfrom .running.model import load\n")
     assert "forward imports running.model, which comes later" in said(copy, "layers", 1)
+    text = module.read_text().replace("from .running.model import load", "LINE")
+    for line, home in (("from . import load", "running.model"),
+                       ("from . import to_openai", "interop.openai"),
+                       ("from .interop import to_diffusers", "interop.diffusers_bridge")):
+        module.write_text(text.replace("LINE", line))
+        assert f"forward imports {home}, which comes later" in said(copy, "layers", 1)
     (copy / "iddpm_nb" / "stray.py").touch()
     assert "stray is exported by no chapter" in said(copy, "layers", 1)
 
@@ -94,4 +102,5 @@ def test_changed_outputs_are_found():
 def test_the_order_of_the_folders_is_the_one_on_disk():
     there = {p.name for p in (ROOT / "nbs").iterdir() if p.is_dir() and list(p.glob("*.ipynb"))}
     assert there == set(book.FOLDERS) - {""}
-    for name in there: assert (ROOT / "iddpm_nb" / name / "__init__.py").read_text().startswith('"""')
+    for name in there:
+        assert (ROOT / "iddpm_nb" / name / "__init__.py").read_text().startswith('"""')

@@ -51,7 +51,8 @@ def newest(folder): # step of the latest checkpoint, 0 if there is none
 
 def until(what, process, limit=120):
     end = time.time() + limit
-    while not what() and process.poll() is None and time.time() < end: time.sleep(0.001)
+    while not what() and process.poll() is None and time.time() < end:
+        time.sleep(0.001)
     return what()
 
 
@@ -118,7 +119,8 @@ def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(site, tmp_path, heard):
             wait_for(process, tmp_path / name, 10)
             process.send_signal(number)
             _, said = process.communicate(timeout=60)
-        finally: process.kill()                     # it would train for hours
+        finally:
+            process.kill()  # it would train for hours
         assert process.returncode == 130 and "Traceback" not in said, said
         assert f"stopped at step {newest(tmp_path / name)}" in said, said
         assert f"--resume {shlex.quote(str(tmp_path / name))}" in said, said

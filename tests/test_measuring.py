@@ -1,4 +1,5 @@
-"iddpm_eval and iddpm_tables, on what people and accidents do: other folders, damaged files, strange options."
+"""iddpm_eval and iddpm_tables, on what people and accidents do: other folders, damaged files,
+strange options."""
 import contextlib
 import io
 import json
@@ -28,7 +29,7 @@ RUN = ("--grey --image-size 16 --attn-resolutions 8 --steps 2 --batch 4 --channe
        "--num-heads 2 --T 20 --warmup 0 --save-every 2 --device cpu")
 
 
-def look(x): return x.flatten(1)[:, :5]                        # five features, as module:function
+def look(x): return x.flatten(1)[:, :5]  # five features, as module:function
 
 
 LOOK = f"--fid --features {__name__}:look --device cpu"
@@ -36,7 +37,8 @@ LOOK = f"--fid --features {__name__}:look --device cpu"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A run on 40 colour pictures of 24x24, read as grey ones of 16x16, and 12 samples in its folder."
+    """A run on 40 colour pictures of 24x24, read as grey ones of 16x16, and 12 samples in its
+    folder."""
     home, g = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
     for i in range(40):
         folder = home / "pics" / "ab"[i % 2]
@@ -104,7 +106,8 @@ def test_held_out_stays_held_out_wherever_the_files_lie(home):
         said = ask(home, "run --device cpu", 1)
         assert "pics" in said and "--data" in said and "not at" in said
         assert record(home, "run --num-t 12 --device cpu --data gone")["n"] == own["n"]
-    finally: (home / "gone").rename(home / "pics")
+    finally:
+        (home / "gone").rename(home / "pics")
     (home / "else" / "where" / "b" / "01.png").unlink()          # another set: taken whole
     assert record(home, "run --num-t 12 --device cpu --data else/where")["n"] == 39
 
@@ -122,8 +125,10 @@ def test_broken_files(home):
 
 def test_a_set_that_has_changed_is_said(home):
     Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(home / "pics" / "a" / "new.png")
-    try: r = record(home, "run --num-t 12 --device cpu")
-    finally: (home / "pics" / "a" / "new.png").unlink()
+    try:
+        r = record(home, "run --num-t 12 --device cpu")
+    finally:
+        (home / "pics" / "a" / "new.png").unlink()
     assert "has changed since the training" in r["notes"][0] and r["n"] < 20
 
 
@@ -156,7 +161,8 @@ def test_one_image_or_two(home):
 
 
 def diverge(net, config):
-    for p in net.parameters(): p.data.fill_(float("nan"))
+    for p in net.parameters():
+        p.data.fill_(float("nan"))
 
 
 @pytest.mark.parametrize("what", ["--num-t 12 --device cpu", LOOK + " --samples 4 --steps 2"])
@@ -172,7 +178,8 @@ EDGES = ["--n 0", "--n -3", "--chunk 0", "--chunk -1", "--num-t 0", "--num-t 5",
          "--method ddim --eta nan", "--method euler", "--variance none", "--device meta",
          "--device nowhere", "--out=", "--cache=", "--features=", "--data=", "--against=",
          "--out nowhere/a.json", "--image-size 8", "--grey --image-size -1", "--infinite",
-         "--fid --features digits", "--data digits", "--against drawn.png", "--against pics", "--data run/config.json", "--weights other"]
+         "--fid --features digits", "--data digits", "--against drawn.png", "--against pics",
+         "--data run/config.json", "--weights other"]
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -203,7 +210,8 @@ def test_memory_that_runs_out_is_one_sentence(home):
 
 
 def test_the_file_is_taken_before_the_work(home):
-    with reserved([home / "mine.json"]), mock.patch.object(evaluate, "load", side_effect=AssertionError):
+    with reserved([home / "mine.json"]), mock.patch.object(evaluate, "load",
+                                                           side_effect=AssertionError):
         assert "another process" in ask(home, "run --device cpu --out mine.json", 1)
     (home / "old.json").write_text("{}")
     with mock.patch.object(evaluate, "load", side_effect=AssertionError):
@@ -250,7 +258,8 @@ class Gone:
 def test_figures_are_written_before_they_are_printed(home):
     (home / "figures.json").unlink(missing_ok=True)
     args = f"{home}/run --num-t 12 --device cpu --out {home}/figures.json".split()
-    with mock.patch.object(sys, "stdout", Gone()): iddpm_eval(args)
+    with mock.patch.object(sys, "stdout", Gone()):
+        iddpm_eval(args)
     assert json.loads((home / "figures.json").read_text())["bits_per_dim"] > 0
 
 
@@ -262,8 +271,10 @@ class Full(Gone):
 
 def status_of(command, *args):
     with mock.patch.object(sys, "stdout", Full()), contextlib.redirect_stderr(io.StringIO()) as err:
-        try: command([str(a) for a in args])
-        except SystemExit as e: return e.code, err.getvalue()
+        try:
+            command([str(a) for a in args])
+        except SystemExit as e:
+            return e.code, err.getvalue()
     return 0, err.getvalue()
 
 
@@ -302,7 +313,8 @@ def test_figures_that_cannot_be_written_are_printed(home):
 def test_names_are_shown(home):
     bad = home / "pi\x1b[2Jcs\n"
     bad.mkdir()
-    for p in sorted((home / "pics" / "a").iterdir())[:3]: shutil.copy(p, bad)
+    for p in sorted((home / "pics" / "a").iterdir())[:3]:
+        shutil.copy(p, bad)
     args = [str(home / "run"), "--num-t", "12", "--device", "cpu", "--data", str(bad)]
     with mock.patch("builtins.print") as printed, mock.patch.object(evaluate, "say") as said:
         iddpm_eval(args)
@@ -315,17 +327,18 @@ def test_labels_of_other_sets():
     model.net.parameters = lambda: iter([torch.zeros(1)])
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     four = features.Images(images, torch.tensor([0, 1, 3]), tuple("0123"), "four")
-    with pytest.raises(ValueError, match="the labels of four run to 3"): evaluate.labels_of(model, four, 3)
+    with pytest.raises(ValueError, match="the labels of four run to 3"):
+        evaluate.labels_of(model, four, 3)
     model.config["classes"] = ("dog", "cat", "cow")
     two = features.Images(images, torch.tensor([0, 1, 1]), ("cat", "dog"), "two")
-    assert evaluate.labels_of(model, two, 3)["y"].tolist() == [1, 0, 0]       # no cow: nothing is amiss
+    assert evaluate.labels_of(model, two, 3)["y"].tolist() == [1, 0, 0]  # no cow: nothing is amiss
 
 
 ROW = "digits --rows cosine-120-hybrid --seeds 0 --device cpu"
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", '{"row":', "[" * 100_000, "\udce9", '{"seconds": 3}',
-                                  '{"bits": 7, "seconds": {}, "measured": {}}'])
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"row":', "[" * 100_000, "\udce9",
+                                  '{"seconds": 3}', '{"bits": 7, "seconds": {}, "measured": {}}'])
 def test_a_damaged_record_is_named(tmp_path, text):
     path = tmp_path / "results" / "tables" / "digits" / "cosine-120-hybrid-0.json"
     path.parent.mkdir(parents=True)
@@ -347,7 +360,8 @@ def test_a_folder_that_is_no_run(tmp_path, name):
 
 def test_a_line_that_was_trained_on_other_images(tmp_path):
     model = mock.Mock(config={"content": "of others"})
-    with mock.patch.multiple(tables, trained=mock.Mock(return_value=model), get_features=mock.DEFAULT):
+    with mock.patch.multiple(tables, trained=mock.Mock(return_value=model),
+                             get_features=mock.DEFAULT):
         said = ask(tmp_path, ROW, 1, iddpm_tables)
     assert "other images than digits" in said and "cosine-120-hybrid-0" in said
 
@@ -363,4 +377,5 @@ def test_options_of_the_tables(tmp_path, edge):
 
 def test_tables_go_on_without_a_reader(tmp_path):
     args = f"{ROW} --plan --runs {tmp_path} --out {tmp_path}".split()
-    with mock.patch.object(sys, "stdout", Gone()): iddpm_tables(args)
+    with mock.patch.object(sys, "stdout", Gone()):
+        iddpm_tables(args)

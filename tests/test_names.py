@@ -62,16 +62,19 @@ def functions(text):
 def everything():
     "module:name, parameters."
     for module, text in PROMISED.items():
-        for name, parameters in functions(text): yield f"{module}:{name}", parameters
+        for name, parameters in functions(text):
+            yield f"{module}:{name}", parameters
     for name, parameters in functions(SAMPLER):
-        for kind in SAMPLERS: yield f"importance:{kind}.{name}", parameters
+        for kind in SAMPLERS:
+            yield f"importance:{kind}.{name}", parameters
 
 
 def found(place):
     "What stands in a module: module:name."
     module, _, path = place.partition(":")
     thing = importlib.import_module(f"iddpm_nb.{module}")
-    for part in path.split("."): thing = getattr(thing, part)
+    for part in path.split("."):
+        thing = getattr(thing, part)
     return thing
 
 
@@ -129,7 +132,8 @@ def test_more_may_follow():
     def f(s, x0, t, eps=0, clip=True, more=1, **rest): pass
     check_signature(f, "s, x0, t, eps, clip=True")
     check_signature(lambda n=64, steps=50: None, "n, steps=...")
-    with pytest.raises(TypeError): check_signature(lambda n, steps: None, "n, steps=...")
+    with pytest.raises(TypeError):
+        check_signature(lambda n, steps: None, "n, steps=...")
 
 
 @pytest.mark.parametrize("place", PARTS)
@@ -141,20 +145,25 @@ def test_parts_of_values(place):
 
 
 def test_the_top_level():
-    for name in TOP: assert callable(getattr(iddpm_nb, name)) and name in iddpm_nb.__all__
-    for name in iddpm_nb.__all__: assert callable(getattr(iddpm_nb, name))
-    for name in iddpm_nb.interop.__all__: assert callable(getattr(iddpm_nb.interop, name))
+    for name in TOP:
+        assert callable(getattr(iddpm_nb, name)) and name in iddpm_nb.__all__
+    for name in iddpm_nb.__all__:
+        assert callable(getattr(iddpm_nb, name))
+    for name in iddpm_nb.interop.__all__:
+        assert callable(getattr(iddpm_nb.interop, name))
     assert iddpm_nb.interop.load_openai is iddpm_nb.load_openai
     homes = {"load": "running.model", "sample": "sampling", "UNet": "unet", "Schedule": "forward",
              "bits_per_dim": "likelihood", "make_schedule": "schedule"}
-    for name, home in homes.items(): assert getattr(iddpm_nb, name) is found(f"{home}:{name}")
+    for name, home in homes.items():
+        assert getattr(iddpm_nb, name) is found(f"{home}:{name}")
 
 
 @pytest.mark.parametrize("module", ["iddpm_nb", "iddpm_nb.interop"])
 def test_a_wrong_name_is_refused(module):
     with pytest.raises(AttributeError, match=f"{module}.*nothing"):
         importlib.import_module(module).nothing
-    with pytest.raises(ImportError, match="nothing"): exec(f"from {module} import nothing")
+    with pytest.raises(ImportError, match="nothing"):
+        exec(f"from {module} import nothing")
 
 
 @pytest.mark.parametrize("line, other, there", [
@@ -163,7 +172,7 @@ def test_a_wrong_name_is_refused(module):
     ("import iddpm_nb.interop.openai", "diffusers", False),
     ("from iddpm_nb.interop import load_openai, to_openai", "diffusers", False),
     ("import iddpm_nb.running.run, iddpm_nb.cli.sample", "diffusers", False),
-    ("import iddpm_nb.forward", "torch", True),                          # what is asked for is there
+    ("import iddpm_nb.forward", "torch", True),      # what is asked for is there
     ("from iddpm_nb.interop import to_diffusers", "diffusers", True)])
 def test_what_is_not_asked_for_is_not_imported(line, other, there):
     asked = f"{line}; import sys; print({other!r} in sys.modules)"

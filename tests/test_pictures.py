@@ -268,7 +268,8 @@ def pictures_with_arrays_of_another_kind_beside_them(d):
 def png(w, h, depth, kind, row, none=None):
     "A PNG made by hand."
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (struct.pack(">I", len(data)) + name + data
+                + struct.pack(">I", zlib.crc32(name + data)))
     head = struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0)
     data = chunk(b"IDAT", zlib.compress((b"\0" + row) * h))
     data = data if none is None else chunk(b"tRNS", none) + data
@@ -365,7 +366,8 @@ def one_pixel_and_one_line(d):
 @animal
 def a_camera_s_notes_are_damaged(d):
     fill(d)
-    save(d / "cat" / "bad.jpg", 5, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\xff")
+    save(d / "cat" / "bad.jpg", 5,
+         exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\xff")
     save(d / "cat" / "worse.jpg", 6, exif=b"Exif\0\0nonsense")
     assert opened(d)[0] == 14
 
@@ -406,7 +408,8 @@ def hidden_pictures(d):
     for name in (".DS_Store", "cat/.nomedia"):
         (d / name).write_bytes(b"x")
     n, classes, notes = opened(d)
-    assert (n, classes) == (12, ("cat", "dog")) and ".DS_Store" not in notes and ".nomedia" not in notes
+    assert (n, classes) == (12,
+                            ("cat", "dog")) and ".DS_Store" not in notes and ".nomedia" not in notes
     assert ".hid.png" in notes and "cat/._1.JPG" in notes
 
 
@@ -480,7 +483,8 @@ def an_array_of_colours_in_grey(d):
 @animal
 def an_array_that_is_not_square_is_said_to_be_cropped(d):
     np.savez(d / "a.npz", images=np.zeros((12, 6, 8, 3), np.uint8))
-    assert "images of 6x8 are scaled and cropped to 8x8" in open_images(str(d / "a.npz"), "all", 8).notes
+    assert "images of 6x8 are scaled and cropped to 8x8" in open_images(str(d / "a.npz"), "all",
+            8).notes
     assert not open_images(str(d / "a.npz"), "all").notes
 
 
@@ -510,8 +514,8 @@ def test_zoo(f, tmp_path):
 
 # ---- labels in arrays
 
-TYPED = ("--image-size 8 --attn-resolutions 4 --steps 1 --batch 4 --channels 8 --groups 4 --num-heads 2 "
-         "--T 20 --warmup 0 --ema 0.9 --threads 1 --device cpu").split()
+TYPED = ("--image-size 8 --attn-resolutions 4 --steps 1 --batch 4 --channels 8 --groups 4 "
+         "--num-heads 2 " "--T 20 --warmup 0 --ema 0.9 --threads 1 --device cpu").split()
 
 
 @pytest.mark.parametrize("f", ZOO)
@@ -528,15 +532,19 @@ def test_zoo_through_the_command(f, tmp_path, monkeypatch, capsys):
             return real(folder, *how, **more)
         return call
     with monkeypatch.context() as m:
-        for name in ("open_sets", "open_images"): m.setattr(here, name, noted(globals()[name]))
+        for name in ("open_sets", "open_images"):
+            m.setattr(here, name, noted(globals()[name]))
         f(tmp_path / "zoo")
     monkeypatch.setattr(run, "judge", lambda *how: {})              # what is tried is the reading
     monkeypatch.setattr(underway, "curve", lambda folder: None)
     for i, folder in enumerate(dict.fromkeys(folders)):
         capsys.readouterr()
-        try: iddpm_train(["--data", str(folder), "--out", str(tmp_path / f"run{i}"), *TYPED])
-        except SystemExit as e: status = e.code
-        else: status = 0
+        try:
+            iddpm_train(["--data", str(folder), "--out", str(tmp_path / f"run{i}"), *TYPED])
+        except SystemExit as e:
+            status = e.code
+        else:
+            status = 0
         out, err = capsys.readouterr()
         last = err.strip().splitlines()[-1:]
         assert "Traceback" not in out + err and status in (0, 1), err
@@ -584,7 +592,8 @@ def test_an_array_that_does_not_fit_is_not_read(tmp_path):
 # ---- content
 
 def pixels(d):
-    return {x.numpy().tobytes() for x in d[:]} if d.__class__.__name__ == "Files" else {x.numpy().tobytes() for x in d.images}
+    return ({x.numpy().tobytes() for x in d[:]} if d.__class__.__name__ == "Files"
+            else {x.numpy().tobytes() for x in d.images})
 
 
 def test_held_out_stays_held_out(tmp_path):
@@ -643,7 +652,8 @@ def test_a_file_that_breaks_in_the_middle_of_a_run(workers, tmp_path):
         for _ in range(4):
             next(batches)
     gone.write_bytes(b"half a file")
-    again = make_batches(open_sets(str(tmp_path), SIZE, on_disk=True, skip_broken=True)[0], 4, workers=0)
+    again = make_batches(open_sets(str(tmp_path), SIZE, on_disk=True, skip_broken=True)[0], 4,
+                         workers=0)
     again.load_state_dict(state, new_data=True)
     assert [len(next(again)[0]) for _ in range(4)] == [4] * 4
 
@@ -722,21 +732,22 @@ def test_a_batch_of_many_epochs_is_joined_once():
 
 def test_memory_without_proc_and_sysconf():
     from iddpm_nb.data import fits, free_memory
-    with patch("builtins.open", side_effect=OSError), patch("io.open", side_effect=OSError), patch("os.sysconf", None):
+    with patch("builtins.open",
+               side_effect=OSError), patch("io.open",
+                                           side_effect=OSError), patch("os.sysconf", None):
         assert free_memory("cpu") > 2**26 and fits(1000, "cpu")
 
 
 def test_workers_that_are_spawned(tmp_path):
     fill(tmp_path)
-    code = ("import sys, torch, multiprocessing as mp\n"
-            "from iddpm_nb.training.loading import Prefetch\nfrom iddpm_nb.images.folders import open_sets\n"
-            "if __name__ == '__main__':\n"
-            "    d = open_sets(sys.argv[1], 8, on_disk=True)[0]\n"
-            "    a = next(Prefetch(d, 4, workers=0))[0]\n"
-            "    mp.set_start_method('spawn', force=True)\n"
-            "    print(a.equal(next(Prefetch(d, 4, workers=1))[0]))\n")
+    code = ("import sys, torch, multiprocessing as mp\n" "from iddpm_nb.training.loading import "
+            "Prefetch\nfrom iddpm_nb.images.folders import open_sets\n"
+            "if __name__ == '__main__':\n" "    d = open_sets(sys.argv[1], 8, on_disk=True)[0]\n"
+            "    a = next(Prefetch(d, 4, workers=0))[0]\n" "    mp.set_start_method('spawn', "
+            "force=True)\n" "    print(a.equal(next(Prefetch(d, 4, workers=1))[0]))\n")
     (tmp_path.parent / "go.py").write_text(code)
-    p = subprocess.run([sys.executable, tmp_path.parent / "go.py", tmp_path], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, tmp_path.parent / "go.py", tmp_path], capture_output=True,
+                       text=True)
     assert p.stdout.strip() == "True", p.stderr
 
 

@@ -1,6 +1,8 @@
-"""Each line of the README, as written. Trainings are made short from outside; the words typed are those of the README.
+"""Each line of the README, as written. Trainings are made short from outside; the words typed are
+those of the README.
 
-The two lines that install are run in other ways as well: .ci/run installs with the one and tests with the other.
+The two lines that install are run in other ways as well: .ci/run installs with the one and tests
+with the other.
 """
 import dataclasses
 import importlib
@@ -57,8 +59,10 @@ def official(desk):
     "A file with the layout of the released one; all its numbers are 0."
     from iddpm_nb.interop.openai import PRESETS, official_name
     from iddpm_nb.unet import UNet
-    with torch.device("meta"): net = UNet(**PRESETS["cifar10_uncond_50M_500K"]["network"])
-    zeros = {official_name(k): torch.zeros(v.shape, dtype=torch.float16) for k, v in net.state_dict().items()}
+    with torch.device("meta"):
+        net = UNet(**PRESETS["cifar10_uncond_50M_500K"]["network"])
+    zeros = {official_name(k): torch.zeros(v.shape, dtype=torch.float16)
+             for k, v in net.state_dict().items()}
     torch.save(zeros, desk / "cifar10_uncond_50M_500K.pt")
 
 
@@ -75,14 +79,16 @@ def quick(monkeypatch, official):
     from iddpm_nb.cli import train
     from iddpm_nb.reproduction import lines, tables
     train_run, forward, SCALES = train.train_run, unet.UNet.forward, lines.SCALES
-    monkeypatch.setattr(train, "train_run", lambda c, *args, **more: train_run(shorter(c), *args, **more))
+    monkeypatch.setattr(train, "train_run",
+                        lambda c, *args, **more: train_run(shorter(c), *args, **more))
 
     def at_once(net, x, t, y=None):                   # large images are not really drawn
         if torch.is_grad_enabled() or x.shape[-1] < 32: return forward(net, x, t, y)
         return x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])
     monkeypatch.setattr(unet.UNet, "forward", at_once)
     few = {"images": 12, "num_t": 12, "samples": 12, "steps": 4}
-    digits = dataclasses.replace(SCALES["digits"], rows=SCALES["digits"].rows[-1:], more={}, budget=few)
+    digits = dataclasses.replace(SCALES["digits"], rows=SCALES["digits"].rows[-1:], more={},
+                                 budget=few)
     monkeypatch.setitem(SCALES, "mnist16", dataclasses.replace(digits, base=shorter(digits.base)))
     assert tables.SCALES is SCALES
 
@@ -92,34 +98,42 @@ LINES = [line for line in written() if line.startswith("iddpm_")]
 
 def test_every_line_is_known():
     others = [line for line in written() if line not in LINES]
-    assert others == [INSTALLS[0], f"{TORCHRUN} iddpm_train --preset cifar10 --out cifar10 --resume auto", INSTALLS[1]]
+    assert others == [INSTALLS[0], f"{TORCHRUN} iddpm_train --preset cifar10 --out cifar10 "
+                      f"--resume auto", INSTALLS[1]]
     assert len(LINES) >= 11
     script = (ROOT / ".ci" / "run").read_text()
     assert "install -q -e '.[dev]'" in script and "nbdev_test" in script
 
 
-@pytest.mark.parametrize("line", ["iddpm_train", *LINES])            # in the order of the README: later ones need earlier ones
+# in the order of the README: later ones need earlier ones
+@pytest.mark.parametrize("line", ["iddpm_train", *LINES])
 def test_line(line, desk, quick, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     monkeypatch.setenv("XDG_CACHE_HOME", str(desk / "cache"))
     name, *words = shlex.split(line)
-    try: dict(commands())[name](words)
-    except SystemExit as e: pytest.fail(f"exit status {e.code}: {capsys.readouterr()}")
+    try:
+        dict(commands())[name](words)
+    except SystemExit as e:
+        pytest.fail(f"exit status {e.code}: {capsys.readouterr()}")
     out = capsys.readouterr().out
-    for path in re.findall(r"/\S+\.(?:png|npz|json)", out): assert Path(path).exists(), f"{path} is promised and not there"
+    for path in re.findall(r"/\S+\.(?:png|npz|json)", out):
+        assert Path(path).exists(), f"{path} is promised and not there"
     assert out.strip(), "nothing was said"
 
 
 def test_the_overnight_line(site, tmp_path):
-    "Eight processes, as written, and the same line again; the network and the images are made small."
+    """Eight processes, as written, and the same line again; the network and the images are made
+    small."""
     script = tmp_path / "bin" / "iddpm_train"
     script.parent.mkdir()
     script.write_text(f"#!{sys.executable}\n" + SMALL)
     script.chmod(0o755)
     program, = [line for line in written() if line.startswith("torchrun")]
-    env = clean_env(PYTHONPATH=str(site), PATH=os.pathsep.join([str(script.parent), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    env = clean_env(PYTHONPATH=str(site), PATH=os.pathsep.join([str(script.parent),
+                str(Path(sys.executable).parent), os.environ["PATH"]]))
     for begins in (0, 3):
-        p = subprocess.run(shlex.split(program), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        p = subprocess.run(shlex.split(program), cwd=tmp_path, env=env, capture_output=True,
+                           text=True, timeout=300)
         assert p.returncode == 0 and f"steps {begins} to 3" in p.stdout, p.stdout + p.stderr
         assert (tmp_path / "cifar10" / "checkpoints" / "0000003").is_dir(), p.stdout
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("cifar10")] == ["cifar10"]
@@ -140,7 +154,8 @@ from iddpm_nb.training import config
 from iddpm_nb.cli import train
 paper = config.PRESETS["cifar10"]
 config.PRESETS["cifar10"] = dataclasses.replace(
-    paper, model=dataclasses.replace(paper.model, channels=8, groups=4, num_res_blocks=1, num_heads=2),
+    paper,
+    model=dataclasses.replace(paper.model, channels=8, groups=4, num_res_blocks=1, num_heads=2),
     diffusion=dataclasses.replace(paper.diffusion, T=4),
     train=dataclasses.replace(paper.train, steps=3, batch=16, save_every=3))
 train.iddpm_train(sys.argv[1:])
@@ -149,9 +164,11 @@ train.iddpm_train(sys.argv[1:])
 
 @pytest.mark.skipif(os.name != "posix", reason="the line is one of a POSIX shell")
 def test_the_first_line(tmp_path):
-    "Installed into an environment of its own from a copy of the sources, and started in another folder."
+    """Installed into an environment of its own from a copy of the sources, and started in another
+    folder."""
     source, desk, home = tmp_path / "source", tmp_path / "desk", tmp_path / "venv"
-    files = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
+                           capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
         if not (ROOT / name).is_file(): continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -159,13 +176,18 @@ def test_the_first_line(tmp_path):
     venv.create(home, with_pip=True)
     desk.mkdir()
     packages, = home.glob("lib/*/site-packages")
-    (packages / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))   # torch is there already
+    # torch is there already
+    (packages / "others.pth").write_text("\n".join(p for p in sys.path
+                                                   if p.endswith("site-packages")))
     env = clean_env(PATH=f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}")
     env.pop("PIP_CONSTRAINT", None)
     install, train = INSTALLS[0].split(" && ")
     p = subprocess.run(["bash", "-c", install], cwd=source, env=env, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout + p.stderr
-    p = subprocess.run(["bash", "-c", f"{train} --help && which iddpm_train"], cwd=desk, env=env, capture_output=True, text=True)
+    p = subprocess.run(["bash", "-c", f"{train} --help && which iddpm_train"], cwd=desk, env=env,
+                       capture_output=True, text=True)
     assert p.returncode == 0 and str(home) in p.stdout, p.stdout + p.stderr
-    where = subprocess.run([home / "bin" / "python", "-c", "import iddpm_nb; print(iddpm_nb.__file__)"], cwd=desk, env=env, capture_output=True, text=True).stdout
+    where = subprocess.run([home / "bin" / "python", "-c",
+                            "import iddpm_nb; print(iddpm_nb.__file__)"], cwd=desk, env=env,
+                           capture_output=True, text=True).stdout
     assert str(home) in where, where

@@ -71,7 +71,8 @@ def files(folder):
 
 
 def refused(*args, error=(ValueError, OSError), **how):
-    with pytest.raises(error) as e: go(*args, **how)
+    with pytest.raises(error) as e:
+        go(*args, **how)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -99,7 +100,8 @@ def start(*args, folder, **how):
 
 def until(what, process, limit=120):
     end = time.time() + limit
-    while not what() and process.poll() is None and time.time() < end: time.sleep(0.01)
+    while not what() and process.poll() is None and time.time() < end:
+        time.sleep(0.01)
     assert what(), f"it did not come so far\n{process.stdout and process.stdout.read()}"
 
 
@@ -120,7 +122,8 @@ def test_one_process_a_run(tmp_path, capsys):
         assert "another process is training in" in said or "is taken" in said, said
         until(lambda: len(saved(home)) > 1, winner)
         for other in (["--resume", home], ["--resume", "auto", "--out", home], ["--out", home]):
-            with pytest.raises(SystemExit): iddpm_train([*map(str, other), "--device", "cpu"])
+            with pytest.raises(SystemExit):
+                iddpm_train([*map(str, other), "--device", "cpu"])
             said = capsys.readouterr().err
             assert "another process is training in" in said or "is taken" in said, said
         assert winner.poll() is None
@@ -129,7 +132,8 @@ def test_one_process_a_run(tmp_path, capsys):
         more = str(saved(home)[-1] + 2)
         iddpm_train(["--resume", str(home), "--steps", more, "--device", "cpu"])
     finally:
-        for p in both: p.kill()
+        for p in both:
+            p.kill()
     rows = [(r["step"], "loss" in r) for r in read_log(home)]
     assert len(rows) == len(set(rows)), "two processes have written one log"
 
@@ -141,10 +145,11 @@ def test_what_asks_to_stop_saves_first(name, tmp_path, heard):
     number, update = getattr(signal, name), EMA.update
     def asked(ema, net):
         if ema.step == 2: signal.raise_signal(number)
-        if ema.step == 2 and name == "SIGHUP": signal.raise_signal(number)    # as terminals may
+        if ema.step == 2 and name == "SIGHUP": signal.raise_signal(number)  # as terminals may
         update(ema, net)
     with patch.object(EMA, "update", asked):
-        with pytest.raises(KeyboardInterrupt, match="at step 3"): go(tiny(), tmp_path / "a b")
+        with pytest.raises(KeyboardInterrupt, match="at step 3"):
+            go(tiny(), tmp_path / "a b")
     assert saved(tmp_path / "a b") == [2, 3]
     go(tiny(steps=4), resume_from=tmp_path / "a b")
 
@@ -152,26 +157,33 @@ def test_what_asks_to_stop_saves_first(name, tmp_path, heard):
 def test_what_is_ignored_stays_ignored(tmp_path):
     "nohup."
     before, update = signal.signal(signal.SIGHUP, signal.SIG_IGN), EMA.update
-    def asked(ema, net): signal.raise_signal(signal.SIGHUP); update(ema, net)
+    def asked(ema, net):
+        signal.raise_signal(signal.SIGHUP)
+        update(ema, net)
     try:
-        with patch.object(EMA, "update", asked): go(tiny(steps=2), tmp_path / "run")
-    finally: signal.signal(signal.SIGHUP, before)
+        with patch.object(EMA, "update", asked):
+            go(tiny(steps=2), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert saved(tmp_path / "run") == [2]
 
 
 def test_a_system_without_these_signals(tmp_path):
     some = {k: v for k, v in vars(signal).items() if k not in ("SIGHUP", "SIGUSR1")}
     less = types.SimpleNamespace(**some)
-    with patch.object(loading, "signal", less): assert len(loading.stopping()) == 2
+    with patch.object(loading, "signal", less):
+        assert len(loading.stopping()) == 2
     assert len(loading.stopping()) == 4
 
 
 def test_processes_that_read_ahead_leave_all_signals_to_the_run():
     before = {n: signal.getsignal(n) for n in loading.stopping()}
     try:
-        with warnings.catch_warnings(): loading.undisturbed(0)
+        with warnings.catch_warnings():
+            loading.undisturbed(0)
         assert all(signal.getsignal(n) == signal.SIG_IGN for n in before)
-    finally: [signal.signal(n, handler) for n, handler in before.items()]
+    finally:
+        [signal.signal(n, handler) for n, handler in before.items()]
 
 
 # What only shows
@@ -209,7 +221,8 @@ def test_memory_that_runs_out_in_a_step_names_the_cure(tmp_path):
         ema.step += 1
     with patch.object(EMA, "update", short), pytest.raises(MemoryError) as e:
         go(tiny(), tmp_path / "a b")
-    for words in "--micro", f"--resume '{tmp_path}/a b'", "0000002": assert words in str(e.value)
+    for words in "--micro", f"--resume '{tmp_path}/a b'", "0000002":
+        assert words in str(e.value)
 
 
 # Saved first
@@ -219,7 +232,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_measured(tmp_path):
     def seen(*args):
         at.append(saved(tmp_path / "run")[-1])
         return measure(*args)
-    with patch.object(underway, "held_out_loss", seen): go(tiny(), tmp_path / "run")
+    with patch.object(underway, "held_out_loss", seen):
+        go(tiny(), tmp_path / "run")
     assert at == [2, 4, 6]
 
 
@@ -233,7 +247,8 @@ def test_killed_between_saving_and_measuring(tmp_path):
         if saved(tmp_path / "run")[-1] == 4: raise Killed
         return measure(*args)
     with patch.object(underway, "held_out_loss", dying):
-        with pytest.raises(Killed): go(tiny(), tmp_path / "run")
+        with pytest.raises(Killed):
+            go(tiny(), tmp_path / "run")
     go(tiny(), resume_from=tmp_path / "run")
     def measured(k):
         rows = read_log(tmp_path / k)
@@ -245,7 +260,9 @@ def test_killed_between_saving_and_measuring(tmp_path):
 def test_held_out_images_are_measured_in_portions(tmp_path):
     asked = []
     class Counting(torch.nn.Module):
-        def forward(self, x, t): asked.append(len(x)); return torch.cat([x, x], 1)
+        def forward(self, x, t):
+            asked.append(len(x))
+            return torch.cat([x, x], 1)
     from iddpm_nb.running.model import Model
     from iddpm_nb.data import Images, digits
     from iddpm_nb.schedule import make_schedule
@@ -282,7 +299,8 @@ def test_checkpoints_that_are_not_there(six, tmp_path):
 def test_a_run_that_never_saved_begins_anew(tmp_path):
     def dies(*args): raise Killed
     with patch.object(underway, "save_checkpoint", dies):
-        with pytest.raises(Killed): go(tiny(), tmp_path / "run")
+        with pytest.raises(Killed):
+            go(tiny(), tmp_path / "run")
     assert len(read_log(tmp_path / "run")) == 2 and not saved(tmp_path / "run")
     go(tiny(), resume_from=tmp_path / "run")
     assert saved(tmp_path / "run") == [2, 4, 6]
@@ -295,7 +313,8 @@ def test_a_run_without_held_out_images_knows_that_it_has_saved(tmp_path, heard):
         if ema.step == 0: signal.raise_signal(signal.SIGINT)
         update(ema, net)
     with patch.object(EMA, "update", stop):
-        with pytest.raises(KeyboardInterrupt): go(tiny(few, log_every=100), tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            go(tiny(few, log_every=100), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "is its disk not mounted?" in refused(tiny(few), resume_from=tmp_path / "run")
 
@@ -323,7 +342,8 @@ def test_a_configuration_that_cannot_be_read(six):
 
 def test_devices_that_are_none():
     for name in ("meta", "abacus", "cuda:99", "cpu:x"):
-        with pytest.raises(ValueError, match="there is no device"): runs.pick_device(name)
+        with pytest.raises(ValueError, match="there is no device"):
+            runs.pick_device(name)
 
 
 # Several processes
@@ -339,11 +359,14 @@ def test_processes_that_do_not_belong_together(tmp_path):
     line = [sys.executable, ROOT / "tests" / "two_ranks.py", tmp_path]
     ranks = [subprocess.Popen(line, env=clean_env(**team, RANK=str(r)), stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True) for r in (0, 1)]
-    try: told = [p.communicate(timeout=240)[0] for p in ranks]
-    finally: [p.kill() for p in ranks]
+    try:
+        told = [p.communicate(timeout=240)[0] for p in ranks]
+    finally:
+        [p.kill() for p in ranks]
     assert all(p.returncode == 0 for p in ranks), "\n".join(told)
     heard = [json.loads((tmp_path / f"heard{r}.json").read_text()) for r in (0, 1)]
-    for a, b in zip(*(h.values() for h in heard)): print(a, "|", b)
+    for a, b in zip(*(h.values() for h in heard)):
+        print(a, "|", b)
     for name in ("loss", "dropout", "sampler", "precision", "save_every", "sample_every"):
         assert all(f"process 1 has {name} = " in h[name] for h in heard), name
         assert all("start all with the same options" in h[name] for h in heard)
@@ -452,7 +475,8 @@ def test_what_an_older_version_may_have_learned_is_told_from_then_on(of_pictures
     assert words in changes(run)[0] and len(changes(run)) == 1
     assert words in go(small(data, steps=10), resume_from=run), "it is told once, and forgotten"
     latest = checkpoints(run / "checkpoints")[-1] / "ema_0.995.safetensors"
-    def told(**how): return image_sets(EvalOptions("", **how), Subject(latest, None, about), False)[2]
+    def told(**how):
+        return image_sets(EvalOptions("", **how), Subject(latest, None, about), False)[2]
     about = read_header(latest)[1]
     assert [words in note for note in told()] == [True]
     shutil.copytree(data, tmp_path / "copy")
@@ -469,10 +493,12 @@ def test_a_file_that_breaks_during_a_long_run(tmp_path):
         if ema.step == 2: [p.write_bytes(b"broken") for p in data.rglob("*.png")]
         update(ema, net)
     whole = {p: p.read_bytes() for p in data.rglob("*.png")}
-    with patch.object(EMA, "update", breaks): said = refused(c, tmp_path / "run")
+    with patch.object(EMA, "update", breaks):
+        said = refused(c, tmp_path / "run")
     for words in "--skip-broken", "--new-data", "0000002", f"--resume {tmp_path / 'run'}":
         assert words in said, said
-    for p, was in whole.items(): p.write_bytes(b"broken" if p == broken else was)
+    for p, was in whole.items():
+        p.write_bytes(b"broken" if p == broken else was)
     assert broken.name in refused(c, resume_from=tmp_path / "run")
     without = dataclasses.replace(c, data=dataclasses.replace(c.data, skip_broken=True))
     go(without, resume_from=tmp_path / "run", new_data=True)
@@ -488,7 +514,8 @@ def test_a_configuration_that_was_edited(six, capsys):
     for k, v, other in edited:
         assert f'"{k}": {v}' in text
         path.write_text(text.replace(f'"{k}": {v}', f'"{k}": {other}'))
-        with pytest.raises(SystemExit): iddpm_train(go_on)
+        with pytest.raises(SystemExit):
+            iddpm_train(go_on)
         assert f"config.json says {k} = {other}" in capsys.readouterr().err
     said = json.loads(text)
     others = [("diffusion", "loss", "simple"), ("data", "grey", True), ("data", "image_size", 16),
@@ -496,7 +523,8 @@ def test_a_configuration_that_was_edited(six, capsys):
     for part, k, other in others:      # not by advice for new runs, nor by what the weights are
         path.write_text(json.dumps(said | {part: said[part] | {k: other}}))
         for more in [], ["--variance", "beta"], ["--loss", "hybrid"]:
-            with pytest.raises(SystemExit): iddpm_train([*go_on, *more])
+            with pytest.raises(SystemExit):
+                iddpm_train([*go_on, *more])
             assert f"config.json says {k} = " in capsys.readouterr().err
     path.write_text(text)
     assert files(six) == before

@@ -66,7 +66,9 @@ for name, c, how in trainings():
         heard[name] = f"{type(e).__name__}: {e}"
         if dist.is_initialized(): dist.destroy_process_group()
 said = io.StringIO()
-with contextlib.redirect_stderr(said):             # a machine that does not see the folder, as typed
-    try: iddpm_train(["--resume", str(HOME / ("run", "nowhere")[RANK]), "--device", "cpu"])
-    except SystemExit: heard["command"] = said.getvalue()
+with contextlib.redirect_stderr(said):  # a machine that does not see the folder, as typed
+    try:
+        iddpm_train(["--resume", str(HOME / ("run", "nowhere")[RANK]), "--device", "cpu"])
+    except SystemExit:
+        heard["command"] = said.getvalue()
 (HOME / f"heard{RANK}.json").write_text(json.dumps(heard))

@@ -1,7 +1,8 @@
-"""The notebooks as one book: python tools/book.py checks that each is sound and that every link leads somewhere.
+"""The notebooks as one book: python tools/book.py checks that each is sound and that every link
+leads somewhere.
 
-`notebooks()` finds them, in all folders, and fails when it sees others than git knows: a notebook that a
-tool passes over in silence is a chapter that nobody tests.
+`notebooks()` finds them, in all folders, and fails when it sees others than git knows: a notebook
+that a tool passes over in silence is a chapter that nobody tests.
 """
 import re
 import subprocess
@@ -25,7 +26,8 @@ def folder(path):
 
 def place(path):
     "What sorts notebooks as they are read: the index, the paper, and one appendix after another."
-    if folder(path) not in FOLDERS: sys.exit(f"{path} lies in a folder that has no place in the order")
+    if folder(path) not in FOLDERS:
+        sys.exit(f"{path} lies in a folder that has no place in the order")
     return FOLDERS.index(folder(path)), path.stem != "index", path.name
 
 
@@ -58,7 +60,7 @@ def dead_links(path, nb):
     "Links to files that are not there."
     text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:|#", target): continue                 # elsewhere, or within the page
+        if re.match(r"[a-z]+:|#", target): continue  # elsewhere, or within the page
         if not (path.parent / target.partition("#")[0]).exists(): yield f"a link leads to {target}"
 
 

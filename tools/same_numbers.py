@@ -1,7 +1,9 @@
-"""What the notebooks show now beside what they showed at a commit: python tools/same_numbers.py COMMIT
+"""What the notebooks show now beside what they showed at a commit: python tools/same_numbers.py
+COMMIT
 
-Cells are found again by their ids, wherever their notebook lies now. Slow cells are left out: they are run rarely.
-It lists each default cell whose outputs differ, line by line, and the cells that are new or gone.
+Cells are found again by their ids, wherever their notebook lies now. Slow cells are left out: they
+are run rarely. It lists each default cell whose outputs differ, line by line, and the cells that
+are new or gone.
 """
 import base64
 import io
@@ -18,7 +20,8 @@ PICTURES = "image/png", "image/jpeg"
 
 
 def git(*words):
-    return subprocess.run(["git", *words], cwd=NBS, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["git", *words], cwd=NBS, capture_output=True, text=True,
+                          check=True).stdout
 
 
 def before(commit):
@@ -55,11 +58,13 @@ def pixels(picture):
 def difference(a, b):
     "What two parts differ in, in words; nothing, if they are the same."
     if a == b: return
-    if a is None or b is None: return f"    only {'now' if a is None else 'then'}: {(a or b)[1][:100]}"
+    if a is None or b is None:
+        return f"    only {'now' if a is None else 'then'}: {(a or b)[1][:100]}"
     if a[0] == b[0] == "picture":
         x, y = pixels(a[1]), pixels(b[1])
         if x.shape != y.shape: return f"    the picture was {x.shape}, and is {y.shape}"
-        return f"    the picture: {abs(x - y).mean():.2f} of 255 levels on average" if (x != y).any() else None
+        return (f"    the picture: {abs(x - y).mean():.2f} of 255 levels on average"
+                if (x != y).any() else None)
     return f"    - {a[1][:150]}\n    + {b[1][:150]}"
 
 

@@ -1,6 +1,8 @@
-"""Take the weights that chapters load from a finished run of plain `iddpm_train`: tools/ship_model.py runs/digits
+"""Take the weights that chapters load from a finished run of plain `iddpm_train`:
+tools/ship_model.py runs/digits
 
-Writes data/shipped/digits.safetensors (bfloat16, so that it stays small) and beside it the run's own record.
+Writes data/shipped/digits.safetensors (bfloat16, so that it stays small) and beside it the run's
+own record.
 """
 import shutil
 import sys

@@ -30,14 +30,16 @@ def let_go(
     out:Steady, err:Steady, # what it printed to
 ):
     "Drop what could not be printed; say so, unless the reader has just left."
-    for s in out, err:
+    def drop(s):
         s.flush()
-        if s.lost is None: continue
+        if s.lost is None: return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, s.stream.fileno())      # or Python would try again at its end
+    drop(out)
     if isinstance(out.lost, OSError) and not isinstance(out.lost, BrokenPipeError):
         print(f"{name}: not all that it had to say could be printed ({out.lost})", file=err)
+    drop(err)                 # last: what was just said may be lost as well
 
 @contextlib.contextmanager
 def steady(
@@ -45,8 +47,10 @@ def steady(
 ):
     "Whatever is printed meanwhile, printing cannot fail; a warning is one line."
     for k in range(3):           # the next file, such as a checkpoint, would get the number
-        try: os.fstat(k)
-        except OSError: os.open(os.devnull, os.O_RDWR)
+        try:
+            os.fstat(k)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     narrow = shutil.get_terminal_size().columns < 40       # in two columns tyro never ends
     wider = patch.dict(os.environ, {"COLUMNS": "40"} if narrow else {})
     out, err = Steady(sys.stdout), Steady(sys.stderr)
@@ -63,7 +67,7 @@ def command(main):
     name = main.__name__
     def stop(what, status):
         first, asked = os.environ.get("RANK", "0") == "0", status == 130
-        if not first and not asked: time.sleep(1)    # if the first fails too, this one ends now
+        if not first and not asked: time.sleep(1)  # if the first fails too, this one ends now
         if first or not asked: print(f"{name}: {shown(what)}", file=sys.stderr)
         sys.exit(status)
     def run(args=None):
@@ -84,8 +88,9 @@ def printed():
     "Refuse to end as if all were well when words are all that a command makes, and are lost."
     sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", None)
-    require(lost is None or isinstance(lost, BrokenPipeError), "its result is words, and they could "
-            "not be printed: print them elsewhere, or to a file (--out, where there is one)", OSError)
+    require(lost is None or isinstance(lost, BrokenPipeError),
+            "its result is words, and they could " "not be printed: print them elsewhere, or to a "
+            "file (--out, where there is one)", OSError)
 
 # %% ../../nbs/cli/01_commands.ipynb #5a1e0c08
 WORDS = ConstructorRegistry()
@@ -111,9 +116,10 @@ def options(
     **how,     # for `tyro.cli`
 ):
     "What a command is asked for."
-    try: return tyro.cli(kind, args=args, prog=name, registry=WORDS, **how)
+    try:
+        return tyro.cli(kind, args=args, prog=name, registry=WORDS, **how)
     except SystemExit as e:
-        if not e.code: printed()     # the help
+        if not e.code: printed()  # the help
         raise
 
 # %% ../../nbs/cli/01_commands.ipynb #0c526576

@@ -120,8 +120,10 @@ def holds_images(path:str) -> bool:
     if not p.is_dir(): return p.name.lower().endswith(".npz")
     mine = (p / "checkpoints").is_dir() or (p / "config.json").is_file()
     if mine or any(p.glob("*.safetensors")): return False
-    try: return len(listed(p).paths) > 0
-    except ValueError: return False
+    try:
+        return len(listed(p).paths) > 0
+    except ValueError:
+        return False
 
 def run_of(path:Path) -> dict: # {} if there is none
     "The configuration of the run in whose folder samples lie."
@@ -196,7 +198,7 @@ def image_sets(o:EvalOptions, s:Subject, progress:bool) -> tuple:
     d = dataclasses.replace(open_images(data, "all", size, **how), name=str(data))
     there = bool(was) and not named(was) and Path(data).resolve() == Path(was).resolve()
     if not there and d.whole != s.about.get("content"): return d, d, d.notes
-    if named(was): return *open_sets(was, size, **how), ()      # a copy of a set that has a name
+    if named(was): return *open_sets(was, size, **how), ()  # a copy of a set that has a name
     return part(d, "train"), part(d, "test"), d.notes + told_about(s, d)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #c48d629e
@@ -262,13 +264,17 @@ def other_model(o:EvalOptions, s:Subject, team) -> tuple: # `Model` and its file
     its, mine = tuple(other.config["shape"]), tuple(s.about["shape"])
     require(its == mine, f"{shown(o.against)} cannot be compared with {shown(o.path)}: it knows "
             f"images {its}, and not {mine}")
-    try: respaced(o, other)
-    except ValueError as e: raise ValueError(f"--steps of {shown(o.against)}: {e}") from e
+    try:
+        respaced(o, other)
+    except ValueError as e:
+        raise ValueError(f"--steps of {shown(o.against)}: {e}") from e
     return other, file
 
 def check_other(o:EvalOptions, other, held): # that it can be asked about these images
-    try: labels_of(other, held, min(o.n, len(held)))
-    except ValueError as e: raise ValueError(f"--against {shown(o.against)}: {e}") from e
+    try:
+        labels_of(other, held, min(o.n, len(held)))
+    except ValueError as e:
+        raise ValueError(f"--against {shown(o.against)}: {e}") from e
 
 def bits_of(o:EvalOptions, s:Subject, sets, team, other=()) -> tuple[dict, list]:
     "Bits per dimension, beside those of another model: for the record, and as lines."
@@ -376,7 +382,8 @@ def evaluate(o:EvalOptions, team):
     try:
         if o.out: write(Path(o.out), json.dumps(record, indent=1, allow_nan=False).encode())
         if o.out: lines.append(f"written to {shown(Path(o.out).resolve())}")
-    finally: say("\n".join(lines))
+    finally:
+        say("\n".join(lines))
     if not o.out: printed()
 
 @command

@@ -161,7 +161,8 @@ def unfinished(npz:Path, o:SampleOptions) -> bool:
     "Whether an .npz without its picture is what this very command left behind when it was killed."
     if not npz.is_file(): return False
     try:
-        with np.load(npz) as f: return str(f["asked"]) == words_of(o)
+        with np.load(npz) as f:
+            return str(f["asked"]) == words_of(o)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return False
 
@@ -171,7 +172,7 @@ def taken_place(o:SampleOptions, n:int, steps:str): # context -> the .png, nobod
         return reserved([png], () if unfinished(png.with_suffix(".npz"), o) else (".npz",))
     home = Path(o.path).resolve()
     if not home.is_dir(): home = home.parent
-    if home.parent.name == "checkpoints": home = home.parent.parent      # of a run, which stays
+    if home.parent.name == "checkpoints": home = home.parent.parent  # of a run, which stays
     name = f"samples_{n}x{steps.replace(' ', '').replace(',', '-')}.png"
     return reserved(numbered(home / name), (".npz",))
 
@@ -213,4 +214,5 @@ def iddpm_sample(args=None):
     "Sample from a model."
     o = options(SampleOptions, args, "iddpm_sample")
     check_asked(o)
-    with join(o.device) as team: draw(o, team)
+    with join(o.device) as team:
+        draw(o, team)

@@ -92,7 +92,8 @@ def beginning(
             f"unknown preset {preset!r}: choose {', '.join(PRESETS)}")
     folder = latest_run(out) if resume == "auto" else resume
     if preset or folder is None: return folder, PRESETS[preset or "digits"]
-    try: return folder, saved_config(folder)
+    try:
+        return folder, saved_config(folder)
     except (OSError, ValueError):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1: raise
         return folder, PRESETS["digits"]   # the others are waiting: `train_run` tells all of them

@@ -25,7 +25,7 @@ def class_numbers(
     require(names, "this model has no classes: leave the class out")
     require(spec is not None, "which class? give names or numbers")
     number = {str(i): i for i in range(len(names))} | {c: i for i, c in enumerate(names)}
-    if names.count(str(spec)) == 1: return [names.index(str(spec))]        # a name may hold a comma
+    if names.count(str(spec)) == 1: return [names.index(str(spec))]  # a name may hold a comma
     if isinstance(spec, str): spec = spec.split(",")
     parts = [str(p).strip() for p in (spec if isinstance(spec, (list, tuple, range)) else [spec])]
     for p in parts:
@@ -71,11 +71,17 @@ def agreement(
     labels:Tensor, # int64 (M,)
 ) -> float: # share in [0,1]
     "How often a classifier of real images sees in a sample the class that was asked for."
-    if y.shape != x.shape[:1]: raise ValueError(f"{len(x)} samples but labels of shape {tuple(y.shape)}: one whole number for each is needed")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"{len(x)} samples but labels of shape {tuple(y.shape)}: one whole number "
+                         "for each is needed")
     if not x.isfinite().all(): raise ValueError("samples must be finite")
     K = int(labels.max()) + 1 if labels.numel() else 0
-    if len(labels.unique()) < 2 or labels.min() < 0: raise ValueError(f"a classifier needs labelled images of at least two classes, numbered from 0; got {labels.unique().tolist()}")
-    if len(y) and not (0 <= y.min() and y.max() < K): raise ValueError(f"the labelled images have the classes 0..{K - 1}, but {y.min()}..{y.max()} were asked for")
+    if len(labels.unique()) < 2 or labels.min() < 0:
+        raise ValueError("a classifier needs labelled images of at least two classes, numbered "
+                         f"from 0; got {labels.unique().tolist()}")
+    if len(y) and not (0 <= y.min() and y.max() < K):
+        raise ValueError(f"the labelled images have the classes 0..{K - 1}, but "
+                         f"{y.min()}..{y.max()} were asked for")
     return (class_probs(x, data, labels).argmax(1) == y.to(x.device)).double().mean().item()
 
 # %% ../../nbs/conditioning/01_labels.ipynb #4bee65a9
@@ -111,7 +117,8 @@ class Dropping:
 
 # %% ../../nbs/conditioning/01_labels.ipynb #6343c154
 class Guided(nn.Module):
-    "A network with guidance, used like any network: eps = eps(null) + scale (eps(y) - eps(null)); u is that of y."
+    """A network with guidance, used like any network: eps = eps(null) + scale (eps(y) - eps(null));
+    u is that of y."""
     def __init__(self,
         net,         # (x, t, y=labels, ...) -> out, trained with some labels dropped
         scale:float, # 0: the label is ignored; 1: the network itself; above 1: classes exaggerated
@@ -119,17 +126,29 @@ class Guided(nn.Module):
     ):
         super().__init__()
         rows = getattr(net, "num_classes", None) or 0
-        if isinstance(net, nn.Module) and rows > null + 1: raise ValueError(f"the label that stands for a dropped one is the last row of the table, {rows - 1}, not {null}")
-        if isinstance(net, nn.Module) and not rows: raise ValueError("guidance exaggerates a class, and this network knows none: leave guidance out")
-        if isinstance(net, nn.Module) and rows <= null: raise ValueError(f"guidance needs a network that was trained with some labels dropped, and so has {null + 1} rows in its table of labels; this one has {rows}: train with label dropping, or leave guidance out")
-        if not 0 <= scale < float("inf"): raise ValueError(f"the scale of guidance must be a number of at least 0, got {scale}")
+        if isinstance(net, nn.Module) and rows > null + 1:
+            raise ValueError("the label that stands for a dropped one is the last row of the "
+                             f"table, {rows - 1}, not {null}")
+        if isinstance(net, nn.Module) and not rows:
+            raise ValueError("guidance exaggerates a class, and this network knows none: leave "
+                             "guidance out")
+        if isinstance(net, nn.Module) and rows <= null:
+            raise ValueError("guidance needs a network that was trained with some labels dropped, "
+                             f"and so has {null + 1} rows in its table of labels; this one has "
+                             f"{rows}: train with label dropping, or leave guidance out")
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"the scale of guidance must be a number of at least 0, got {scale}")
         self.net, self.scale, self.null, self.num_classes = net, scale, null, rows
 
     def forward(self, x, t, y=None, **cond): # as for the network
         if y is None: raise ValueError("guidance exaggerates a class: it needs labels y")
-        if y.shape != x.shape[:1]: raise ValueError(f"{len(x)} images but labels of shape {tuple(y.shape)}: one whole number for each image is needed")
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"{len(x)} images but labels of shape {tuple(y.shape)}: one whole "
+                             "number for each image is needed")
         if self.scale == 1: return self.net(x, t, y=y, **cond)
         twice = {k: torch.cat([v, v]) for k, v in cond.items()}
-        out = self.net(torch.cat([x, x]), torch.cat([t, t]), y=torch.cat([y, torch.full_like(y, self.null)]), **twice)
-        (eps, u), eps_null = out[:len(x)].split([x.shape[1], out.shape[1] - x.shape[1]], 1), out[len(x):, :x.shape[1]]
+        out = self.net(torch.cat([x, x]), torch.cat([t, t]),
+                       y=torch.cat([y, torch.full_like(y, self.null)]), **twice)
+        eps, u = out[:len(x)].split([x.shape[1], out.shape[1] - x.shape[1]], 1)
+        eps_null = out[len(x):, :x.shape[1]]
         return torch.cat([eps_null + self.scale * (eps - eps_null), u], 1)

@@ -21,8 +21,11 @@ def block_mean(
     size:int, # the new height and width; must divide H
 ) -> Tensor: # float (B,C,size,size)
     "The mean of each block of pixels."
-    if x.ndim != 4 or (H := x.shape[-1]) != x.shape[-2]: raise ValueError(f"images must be square, (B,C,H,H), got {tuple(x.shape)}")
-    if size < 1 or H % size: raise ValueError(f"images of {H}x{H} cannot be made {size}x{size} by averaging blocks: {H} is no multiple of {size}")
+    if x.ndim != 4 or (H := x.shape[-1]) != x.shape[-2]:
+        raise ValueError(f"images must be square, (B,C,H,H), got {tuple(x.shape)}")
+    if size < 1 or H % size:
+        raise ValueError(f"images of {H}x{H} cannot be made {size}x{size} by averaging blocks: {H} "
+                         f"is no multiple of {size}")
     return F.avg_pool2d(x, H // size)
 
 def lower(
@@ -31,9 +34,14 @@ def lower(
 ) -> Tensor: # (B,C,size,size), of the same type, on the 256 levels
     "Small images: the mean of each block, rounded to the nearest of the 256 levels."
     if images.dtype != torch.uint8:
-        if not images.is_floating_point(): raise TypeError(f"images must be uint8, or floats in [-1,1], got {images.dtype}")
-        if images.device.type == "cpu" and not (images.abs() <= 1.001).all(): raise ValueError("images must lie in [-1,1] and be finite: use data.to_float")     # on a GPU a look would stop the stream
-    levels = images.float() if images.dtype == torch.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255)       # as `to_uint8`, without its look
+        if not images.is_floating_point():
+            raise TypeError(f"images must be uint8, or floats in [-1,1], got {images.dtype}")
+        if images.device.type == "cpu" and not (images.abs() <= 1.001).all():
+            # on a GPU a look would stop the stream
+            raise ValueError("images must lie in [-1,1] and be finite: use data.to_float")
+    # as `to_uint8`, without its look
+    levels = (images.float() if images.dtype == torch.uint8
+              else ((images.float() + 1) * 127.5).round().clamp(0, 255))
     small = block_mean(levels, size).round().to(torch.uint8)
     return small if images.dtype == torch.uint8 else to_float(small)
 
@@ -41,7 +49,8 @@ def enlarge(
     low:Tensor, # small images, float (B,C,h,h)
     size:int,   # the new height and width
 ) -> Tensor: # (B,C,size,size)
-    "Bilinear: between the centres of the small pixels values run straight, beyond the outer centres they are constant."
+    """Bilinear: between the centres of the small pixels values run straight, beyond the outer
+    centres they are constant."""
     return F.interpolate(low, (size, size), mode="bilinear", align_corners=False)
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #b8619eb8
@@ -54,21 +63,36 @@ class Upsampler(nn.Module):
     ):
         super().__init__()
         size, C = network["image_size"], network["in_channels"] // 2
-        if low_size < 1 or size % low_size or size == low_size: raise ValueError(f"images cannot be enlarged from {low_size} to {size}: {size} is no multiple of {low_size}" if size != low_size else f"images of {size} need no enlarging to {size}: give a smaller size to enlarge from")
-        if network["in_channels"] % 2 or network["out_channels"] not in (C, 2 * C): raise ValueError(f"an upsampler of images with C channels takes 2C in, noisy and small image, and gives C or 2C; got {network['in_channels']} in and {network['out_channels']} out")
-        if not 0 <= augment < float("inf"): raise ValueError(f"the noise added to small images must be at least 0, got {augment}")
-        self.net, self.low_size, self.augment, self.image_size = UNet(**network), low_size, augment, size
+        require(size != low_size, f"images of {size} need no enlarging to {size}: "
+                "give a smaller size to enlarge from")
+        require(low_size > 0 and size % low_size == 0, f"images cannot be enlarged from {low_size} "
+                f"to {size}: {size} is no multiple of {low_size}")
+        taken, given = network["in_channels"], network["out_channels"]
+        require(taken % 2 == 0 and given in (C, 2 * C), "an upsampler of images with C channels "
+                f"takes 2C in, noisy and small image, and gives C or 2C; got {taken} in and "
+                f"{given} out")
+        require(0 <= augment < float("inf"),
+                f"the noise added to small images must be at least 0, got {augment}")
+        self.net, self.low_size, self.augment = UNet(**network), low_size, augment
+        self.image_size = size
         self.in_channels, self.num_classes = C, self.net.num_classes
 
     def forward(self,
         x:Tensor, t:Tensor,     # noisy images (B,C,H,H); what stands for t (B,)
-        low:Tensor|None=None,   # small images, (B,C,low_size,low_size) in [-1,1], with noise if `augment` says so
+        low:Tensor|None=None,   # small images, (B,C,low_size,low_size) in [-1,1], noisy if asked
         y:Tensor|None=None,     # labels int64 (B,), if the network has classes
     ) -> Tensor: # (B,C,H,H) or (B,2C,H,H)
         H, h, C = self.image_size, self.low_size, self.in_channels
-        if x.shape[1:] != (C, H, H): raise ValueError(f"this network takes images (B,{C},{H},{H}), got {tuple(x.shape)}")
-        if low is None: raise ValueError(f"this network enlarges images of {h}x{h} to {H}x{H}: it needs the small ones (low=...)")
-        if low.shape != (want := (len(x), C, h, h)) or not low.is_floating_point() or low.device.type == "cpu" and not low.isfinite().all(): raise ValueError(f"the small images must be finite floats {want} in [-1,1], got {low.dtype} {tuple(low.shape)}")
+        if x.shape[1:] != (C, H, H):
+            raise ValueError(f"this network takes images (B,{C},{H},{H}), got {tuple(x.shape)}")
+        if low is None:
+            raise ValueError(f"this network enlarges images of {h}x{h} to {H}x{H}: it needs the "
+                             "small ones (low=...)")
+        fits = low.shape == (len(x), C, h, h) and low.is_floating_point()
+        # on a GPU the question would wait for all that was started
+        finite = low.device.type != "cpu" or low.isfinite().all()
+        require(fits and finite, f"the small images must be finite floats {(len(x), C, h, h)} in "
+                f"[-1,1], got {low.dtype} {tuple(low.shape)}")
         return self.net(torch.cat([x, enlarge(low.to(x.dtype), H)], 1), t, y)
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #86689519
@@ -113,11 +137,18 @@ class Paired:
 # %% ../../nbs/conditioning/02_upsampler.ipynb #9c84a8a5
 def check_stages(base, upsampler, y): # one sentence for two models that do not fit
     shape, up = tuple(base.config["shape"]), upsampler.net
-    if not hasattr(up, "low_size"): raise ValueError("the second stage is no upsampler: it takes no small images")
+    if not hasattr(up, "low_size"):
+        raise ValueError("the second stage is no upsampler: it takes no small images")
     want = (upsampler.config["shape"][0], up.low_size, up.low_size)
-    if shape != want: raise ValueError(f"the base makes images {shape}, the upsampler enlarges images {want}: they do not fit")
-    if up.num_classes and not (base.net.num_classes and list(base.config["classes"]) == list(upsampler.config["classes"])): raise ValueError("the upsampler has classes, and the base other ones or none: they do not fit")
-    if y is not None and not (base.net.num_classes or up.num_classes): raise ValueError("neither stage has classes: give no labels")
+    if shape != want:
+        raise ValueError(f"the base makes images {shape}, the upsampler enlarges images {want}: "
+                         "they do not fit")
+    if up.num_classes and not (base.net.num_classes and list(base.config["classes"])
+                               == list(upsampler.config["classes"])):
+        raise ValueError("the upsampler has classes, and the base other ones or none: they do not "
+                         "fit")
+    if y is not None and not (base.net.num_classes or up.num_classes):
+        raise ValueError("neither stage has classes: give no labels")
 
 def cascade(
     base,             # the model of small images: a `Model`, as `load` returns it
@@ -133,9 +164,11 @@ def cascade(
     "Small images, and the large ones made from them."
     check_stages(base, upsampler, y)
     g = torch.Generator().manual_seed(seed + 2)
-    if y is None and len(base.config["classes"]): y = torch.randint(len(base.config["classes"]), (n,), generator=g)
+    if y is None and len(base.config["classes"]):
+        y = torch.randint(len(base.config["classes"]), (n,), generator=g)
     told = lambda model: {"y": y} if model.net.num_classes else {}
-    drawn = base.sample(n, steps_base, seed, progress=progress, cond=told(base), guidance=guidance, **kwargs)
+    drawn = base.sample(n, steps_base, seed, progress=progress, cond=told(base), guidance=guidance,
+                        **kwargs)
     low = lower(drawn.cpu().clamp(-1, 1), upsampler.net.low_size)
     cond = {"low": with_noise(low, upsampler.net.augment, g)} | told(upsampler)
     return upsampler.sample(n, steps_up, seed + 1, progress=progress, cond=cond, **kwargs), low
@@ -149,7 +182,8 @@ def conditioned(
 ): # batches
     "Batches with what a configuration asks for: labels dropped, small images added."
     if data.label_drop: batches = Dropping(batches, data.label_drop, classes, seed)
-    return Paired(batches, data.upsample_from, data.noise_augment, seed + 1) if data.upsample_from else batches
+    return (Paired(batches, data.upsample_from, data.noise_augment, seed + 1) if data.upsample_from
+            else batches)
 
 def asked_for(
     network:dict,           # arguments of the network, as a checkpoint has them
@@ -174,26 +208,32 @@ def what_is_given(
     network:dict, # arguments of the network
 ) -> list[str]:
     "What the bits per dimension of a model leave out, in words."
-    return ["label"] * bool(network.get("num_classes")) + ["small image"] * bool(network.get("low_size"))
+    return (["label"] * bool(network.get("num_classes"))
+            + ["small image"] * bool(network.get("low_size")))
 
 def to_show(
     config:dict,        # of a model
     n:int,              # samples wanted
     shown:Images|None=None, # real images, for an upsampler
-) -> tuple[int, dict]: # how many (no more than an upsampler is shown), and what `sample` takes as cond
-    "Conditions for a grid of samples: as many of each class, one class after the other; small versions of real images."
+) -> tuple[int, dict]: # how many (an upsampler: no more than it is shown), and the cond
+    """Conditions for a grid of samples: as many of each class, one class after the other; small
+    versions of real images."""
     network = config.get("network", {})
     if network.get("low_size"):
         if shown is None: raise ValueError("an upsampler needs images to enlarge")
         n, y = min(n, len(shown)), shown.labels
-        return n, asked_for(network, to_float(shown.images[:n]), None if y is None else y[:n], generator=torch.Generator().manual_seed(2**31))     # a seed that no sampling takes
-    return n, {"y": labels_for(range(len(config["classes"])), n)} if network.get("num_classes") else {}
+        # a seed that no sampling takes
+        return (n, asked_for(network, to_float(shown.images[:n]), None if y is None else y[:n],
+                             generator=torch.Generator().manual_seed(2**31)))
+    return (n, {"y": labels_for(range(len(config["classes"])), n)} if network.get("num_classes")
+            else {})
 
 def side_by_side(
     low:Tensor, x:Tensor, real:Tensor, # small, enlarged and original images, floats in [-1,1]
     cols:int=10, # of the grid
 ) -> Tensor: # (N,C,H,W), for `image_grid` with so many columns
-    "Three rows after each other: small, enlarged, original; then the next. Of more than one row only full ones."
+    """Three rows after each other: small, enlarged, original; then the next. Of more than one row
+    only full ones."""
     n = max(len(x) // cols * cols, min(len(x), cols))
     rows = [F.interpolate(low[:n].float().cpu(), x.shape[-2:]), x[:n].cpu(), real[:n].cpu()]
     return torch.cat([v[a:a + cols] for a in range(0, n, cols) for v in rows])

@@ -43,8 +43,10 @@ def look(
     folders, files = [], []
     for e in sorted(os.scandir(here), key=lambda e: e.name):
         path = Path(e.path)
-        try: folder, file = e.is_dir(), e.is_file()
-        except OSError: folder, file = False, False            # a link to itself
+        try:
+            folder, file = e.is_dir(), e.is_file()
+        except OSError:
+            folder, file = False, False  # a link to itself
         if e.name.startswith(".") or e.name in SYSTEM:
             if folder or path.suffix.lower() in SUFFIXES: passed[HIDDEN].append(path)
         elif folder: folders.append(path)
@@ -94,8 +96,10 @@ def is_grid(
     beside = path.with_suffix(".npz")
     if path.suffix != ".png" or beside not in others: return False
     try:
-        with np.load(beside, allow_pickle=False) as f: return "images" in f.files
-    except Exception: return False
+        with np.load(beside, allow_pickle=False) as f:
+            return "images" in f.files
+    except Exception:
+        return False
 
 def many(n:int, what:str) -> str: # "1 file", "2 files"
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
@@ -228,7 +232,8 @@ def in_parallel(
         for item in items:
             ahead.append(pool.submit(f, item))
             if len(ahead) > 3 * threads: yield ahead.popleft().result()
-        while ahead: yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 # %% ../../nbs/images/02_folders.ipynb #fd000084
 @dataclass
@@ -275,7 +280,8 @@ def read_all(
         try:
             data = path.read_bytes()
             return hashlib.sha256(data).digest(), *decoded(data, size, mode)
-        except Exception as e: return None, f"{shown(path)} {trouble(e)}", ()
+        except Exception as e:
+            return None, f"{shown(path)} {trouble(e)}", ()
     r, bar = Read(paths), progress_bar(len(paths), "image", progress)
     with bar:
         for i, (mark, x, special) in enumerate(in_parallel(one, paths)):

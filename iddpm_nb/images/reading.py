@@ -34,8 +34,10 @@ def is_picture(
     "By its name, or by its first bytes."
     if path.suffix.lower() in SUFFIXES: return True
     try:
-        with Image.open(path, formats=kinds()): return True
-    except Exception: return False
+        with Image.open(path, formats=kinds()):
+            return True
+    except Exception:
+        return False
 
 # %% ../../nbs/images/01_reading.ipynb #fc000012
 def on_paper(
@@ -127,8 +129,10 @@ def decoded(
     none_as_loaded(im)
     im.load()
     if is_clear(im): special.append(CLEAR)
-    try: im = ImageOps.exif_transpose(im)
-    except Exception: pass                    # the camera's notes are damaged, the picture is not
+    try:
+        im = ImageOps.exif_transpose(im)
+    except Exception:
+        pass  # the camera's notes are damaged, the picture is not
     return fitted(on_paper(im, scale).convert(mode), size), special
 
 # %% ../../nbs/images/01_reading.ipynb #fc000014
@@ -150,6 +154,7 @@ def read_image(
     mode:str="RGB",     # "RGB" or "L" (grey)
 ) -> Tensor: # uint8 (C,H,W)
     "One image file as a tensor. A file that cannot be read is named."
-    try: return decoded(Path(path).read_bytes(), size, mode)[0]
+    try:
+        return decoded(Path(path).read_bytes(), size, mode)[0]
     except Exception as e:
         raise ValueError(f"{shown(path)} {trouble(e)}: remove or replace it") from e

@@ -18,10 +18,13 @@ from ..forward import Schedule
 from ..schedule import cosine_betas
 from ..unet import Attention, Down, ResBlock, UNet, Up, timestep_embedding
 try:
-    from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, ModelMixin, UNet2DModel
+    from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
+    from diffusers import DPMSolverMultistepScheduler
     from diffusers.configuration_utils import register_to_config
     from diffusers.models.unets.unet_2d import UNet2DOutput
-except ImportError as e: raise ImportError("this needs the library diffusers, an optional extra: pip install 'iddpm_nb[diffusers]'") from e
+except ImportError as e:
+    raise ImportError("this needs the library diffusers, an optional extra: pip install "
+                      "'iddpm_nb[diffusers]'") from e
 
 # %% ../../nbs/interop/02_diffusers_bridge.ipynb #7fc93420
 VARIANCES = {"learned": "learned_range", "beta": "fixed_large", "beta_tilde": "fixed_small"}
@@ -31,27 +34,39 @@ def schedule_to_diffusers(
     variance:str="learned",  # "learned", "beta" or "beta_tilde"
 ) -> dict: # for DDPMScheduler.from_config, or scheduler_config.json
     "The description of a scheduler with our betas, our even spacing, our clipping, our variance."
-    return {"_class_name": "DDPMScheduler", "num_train_timesteps": len(s), "trained_betas": s.beta.tolist(), "variance_type": VARIANCES[variance],
-            "clip_sample": True, "clip_sample_range": 1.0, "prediction_type": "epsilon", "timestep_spacing": "linspace"}
+    return {"_class_name": "DDPMScheduler", "num_train_timesteps": len(s),
+            "trained_betas": s.beta.tolist(), "variance_type": VARIANCES[variance],
+            "clip_sample": True, "clip_sample_range": 1.0, "prediction_type": "epsilon",
+            "timestep_spacing": "linspace"}
 
 def named_betas(c:dict) -> Tensor: # float64 (T,)
     "Betas by name, as diffusers defines them."
     T, a, b = c["num_train_timesteps"], c.get("beta_start", 0.0001), c.get("beta_end", 0.02)
     line = lambda a, b: torch.linspace(a, b, T, dtype=torch.float64)
-    kinds = {"linear": lambda: line(a, b), "scaled_linear": lambda: line(a**0.5, b**0.5)**2, "squaredcos_cap_v2": lambda: cosine_betas(T), "sigmoid": lambda: line(-6, 6).sigmoid() * (b - a) + a}
-    if (kind := c.get("beta_schedule", "linear")) not in kinds: raise ValueError(f"unknown beta_schedule {kind!r}: known are {', '.join(kinds)}")
+    kinds = {"linear": lambda: line(a, b), "scaled_linear": lambda: line(a**0.5, b**0.5)**2,
+             "squaredcos_cap_v2": lambda: cosine_betas(T),
+             "sigmoid": lambda: line(-6, 6).sigmoid() * (b - a) + a}
+    if (kind := c.get("beta_schedule", "linear")) not in kinds:
+        raise ValueError(f"unknown beta_schedule {kind!r}: known are {', '.join(kinds)}")
     return kinds[kind]()
 
 def schedule_from_diffusers(
     config,        # the configuration of a scheduler: a dictionary, or a scheduler that has one
-    t_model=None,  # what the network is shown in place of t, (T,); None: t itself, as diffusers has it
+    t_model=None,  # what stands for t, (T,); None: t itself, as diffusers has it
 ) -> Schedule:
     "Our schedule from a scheduler's configuration, in float64."
     c = dict(getattr(config, "config", config))
-    if "num_train_timesteps" not in c: raise ValueError("this is not the configuration of a scheduler: it has no num_train_timesteps")
-    if (kind := c.get("prediction_type", "epsilon")) != "epsilon": raise ValueError(f"the network of this scheduler predicts {kind!r}; here networks predict the noise, 'epsilon'")
-    if c.get("rescale_betas_zero_snr"): raise ValueError("rescale_betas_zero_snr makes the last beta 1: no chain of Gaussian steps has that")
-    betas = torch.as_tensor(c["trained_betas"], dtype=torch.float64) if c.get("trained_betas") is not None else named_betas(c)
+    if "num_train_timesteps" not in c:
+        raise ValueError("this is not the configuration of a scheduler: it has no "
+                         "num_train_timesteps")
+    if (kind := c.get("prediction_type", "epsilon")) != "epsilon":
+        raise ValueError(f"the network of this scheduler predicts {kind!r}; here networks predict "
+                         "the noise, 'epsilon'")
+    if c.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr makes the last beta 1: no chain of Gaussian steps "
+                         "has that")
+    betas = (torch.as_tensor(c["trained_betas"], dtype=torch.float64)
+             if c.get("trained_betas") is not None else named_betas(c))
     return Schedule.from_betas(betas, torch.arange(len(betas)) if t_model is None else t_model)
 
 # %% ../../nbs/interop/02_diffusers_bridge.ipynb #a6618995
@@ -60,11 +75,17 @@ def why_not(
 ) -> list[str]: # empty if it can
     "What keeps UNet2DModel from being this network."
     widths = [network["channels"] * m for m in network["mult"]]
-    attended = {w for i, w in enumerate(widths) if network["image_size"] // 2**i in network["attn_resolutions"]} | {widths[-1]}
+    attended = {w for i, w in enumerate(widths)
+                if network["image_size"] // 2**i in network["attn_resolutions"]} | {widths[-1]}
     reasons = []
-    if network["num_heads"] > 1 and len(attended) > 1: reasons.append(f"{network['num_heads']} heads at widths {sorted(attended)}: UNet2DModel has heads of one width")
-    if network["mult"][0] != 1: reasons.append(f"first multiplier {network['mult'][0]}: UNet2DModel begins with the width of its first level")
-    if any(w % network.get("groups", 32) for w in widths): reasons.append(f"widths {widths}: UNet2DModel has the same number of groups everywhere")
+    if network["num_heads"] > 1 and len(attended) > 1:
+        reasons.append(f"{network['num_heads']} heads at widths {sorted(attended)}: UNet2DModel "
+                       "has heads of one width")
+    if network["mult"][0] != 1:
+        reasons.append(f"first multiplier {network['mult'][0]}: UNet2DModel begins with the width "
+                       "of its first level")
+    if any(w % network.get("groups", 32) for w in widths):
+        reasons.append(f"widths {widths}: UNet2DModel has the same number of groups everywhere")
     return reasons
 
 def unet2d_config(
@@ -72,20 +93,31 @@ def unet2d_config(
     s:Schedule,   # for what is shown in place of t
 ) -> dict: # arguments of UNet2DModel
     "The same network in the words of diffusers."
-    widths, sizes = [network["channels"] * m for m in network["mult"]], [network["image_size"] // 2**i for i in range(len(network["mult"]))]
+    widths = [network["channels"] * m for m in network["mult"]]
+    sizes = [network["image_size"] // 2**i for i in range(len(network["mult"]))]
     at = [size in network["attn_resolutions"] for size in sizes]
-    return {"sample_size": network["image_size"], "in_channels": network["in_channels"], "out_channels": network["out_channels"], "block_out_channels": tuple(widths),
-            "layers_per_block": network["num_res_blocks"], "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in at),
-            "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in at[::-1]), "dropout": network.get("dropout", 0.0),
-            "attention_head_dim": widths[-1] // network["num_heads"] if network["num_heads"] > 1 else None, "norm_num_groups": network.get("groups", 32), "attn_norm_num_groups": network.get("groups", 32), "norm_eps": 1e-5,
-            "resnet_time_scale_shift": "scale_shift" if network.get("scale_shift", True) else "default", "num_class_embeds": network.get("num_classes"),
-            "flip_sin_to_cos": True, "freq_shift": 0, "num_train_timesteps": len(s), "time_embedding_type": "positional" if is_plain(s) else "learned"}
+    return {"sample_size": network["image_size"], "in_channels": network["in_channels"],
+            "out_channels": network["out_channels"], "block_out_channels": tuple(widths),
+            "layers_per_block": network["num_res_blocks"],
+            "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in at),
+            "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in at[::-1]),
+            "dropout": network.get("dropout", 0.0),
+            "attention_head_dim": widths[-1] // network["num_heads"] if network["num_heads"] > 1
+            else None, "norm_num_groups": network.get("groups", 32),
+            "attn_norm_num_groups": network.get("groups", 32), "norm_eps": 1e-5,
+            "resnet_time_scale_shift": "scale_shift" if network.get("scale_shift", True)
+            else "default", "num_class_embeds": network.get("num_classes"), "flip_sin_to_cos": True,
+            "freq_shift": 0, "num_train_timesteps": len(s),
+            "time_embedding_type": "positional" if is_plain(s) else "learned"}
 
-def is_plain(s): return torch.equal(s.t_model.cpu(), torch.arange(len(s), dtype=torch.float64))    # is the network shown t itself?
+# is the network shown t itself?
+def is_plain(s): return torch.equal(s.t_model.cpu(), torch.arange(len(s), dtype=torch.float64))
 
 # %% ../../nbs/interop/02_diffusers_bridge.ipynb #8075c162
-OUTER = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_embed": "class_embedding", "conv_in": "conv_in",
-         "norm_out": "conv_norm_out", "conv_out": "conv_out", "middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1"}
+OUTER = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+         "label_embed": "class_embedding", "conv_in": "conv_in", "norm_out": "conv_norm_out",
+         "conv_out": "conv_out", "middle.0": "mid_block.resnets.0",
+         "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1"}
 INNER = {"emb": "time_emb_proj", "skip": "conv_shortcut"}
 
 def place(
@@ -97,15 +129,19 @@ def place(
     if name in OUTER: return OUTER[name]
     way, i, _ = name.split(".")
     level, j = divmod(int(i), n + 1)
-    kind = {ResBlock: f"resnets.{j}", Attention: f"attentions.{j}", Down: "downsamplers.0.conv", Up: "upsamplers.0.conv"}[type(block)]
+    kind = {ResBlock: f"resnets.{j}", Attention: f"attentions.{j}", Down: "downsamplers.0.conv",
+            Up: "upsamplers.0.conv"}[type(block)]
     return f"{way}_blocks.{level}.{kind}"
 
 def attention_weights(block) -> dict: # by the names of diffusers
     "qkv, cut by heads first, as three linear maps."
     w, p = block.qkv, block.proj
-    parts = zip("qkv", rearrange(w.weight, "(n three d) c 1 -> three (n d) c", three=3, n=block.num_heads), rearrange(w.bias, "(n three d) -> three (n d)", three=3, n=block.num_heads))
+    parts = zip("qkv",
+                rearrange(w.weight, "(n three d) c 1 -> three (n d) c", three=3, n=block.num_heads),
+                rearrange(w.bias, "(n three d) -> three (n d)", three=3, n=block.num_heads))
     found = {f"to_{x}.{k}": v for x, *both in parts for k, v in zip(("weight", "bias"), both)}
-    return found | {"to_out.0.weight": p.weight[..., 0], "to_out.0.bias": p.bias, "group_norm.weight": block.norm.weight, "group_norm.bias": block.norm.bias}
+    return found | {"to_out.0.weight": p.weight[..., 0], "to_out.0.bias": p.bias,
+                    "group_norm.weight": block.norm.weight, "group_norm.bias": block.norm.bias}
 
 def unet2d_weights(
     net:UNet, # the network
@@ -115,7 +151,9 @@ def unet2d_weights(
     found = {}
     for name, block in net.named_modules():
         if isinstance(block, Attention): inside = attention_weights(block)
-        elif isinstance(block, ResBlock): inside = {".".join([INNER.get(k.split(".")[0], k.split(".")[0]), k.split(".")[1]]): v for k, v in block.state_dict().items()}
+        elif isinstance(block, ResBlock):
+            inside = {".".join([INNER.get(k.split(".")[0], k.split(".")[0]), k.split(".")[1]]): v
+                      for k, v in block.state_dict().items()}
         elif isinstance(block, (Down, Up)) or name in OUTER: inside = block.state_dict()
         else: continue
         found |= {f"{place(name, block, n)}.{k}": v.detach().clone() for k, v in inside.items()}
@@ -127,9 +165,12 @@ def to_unet2d(
     s:Schedule,   # for what it is shown in place of t
 ) -> UNet2DModel:
     "The same function as a UNet2DModel."
-    if reasons := why_not(network): raise ValueError(f"no UNet2DModel is this network: {'; '.join(reasons)}")
-    theirs, weights = UNet2DModel(**unet2d_config(network, s)), unet2d_weights(net, network["num_res_blocks"])
-    if not is_plain(s): weights["time_proj.weight"] = timestep_embedding(s.t_model.cpu(), network["channels"])
+    if reasons := why_not(network):
+        raise ValueError(f"no UNet2DModel is this network: {'; '.join(reasons)}")
+    theirs = UNet2DModel(**unet2d_config(network, s))
+    weights = unet2d_weights(net, network["num_res_blocks"])
+    if not is_plain(s):
+        weights["time_proj.weight"] = timestep_embedding(s.t_model.cpu(), network["channels"])
     theirs.load_state_dict(weights)
     return theirs.eval()
 
@@ -159,9 +200,12 @@ class ConditionalPipeline(DDPMPipeline):
         class_labels:Tensor|None=None, # int64 (B,)
         low_res:Tensor|None=None,      # small images, (B,C,h,w) in [-1,1]
     ) -> Tensor: # (B,C,H,W) in [0,1]
-        C, size, device = self.unet.config.in_channels // (1 if low_res is None else 2), self.unet.config.sample_size, self._execution_device
+        C = self.unet.config.in_channels // (1 if low_res is None else 2)
+        size = self.unet.config.sample_size
+        device = self._execution_device
         x = torch.randn(batch_size, C, size, size, generator=generator).to(device)
-        low = [] if low_res is None else [F.interpolate(low_res.to(x), (size, size), mode="bilinear")]
+        low = ([] if low_res is None
+               else [F.interpolate(low_res.to(x), (size, size), mode="bilinear")])
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.progress_bar(self.scheduler.timesteps):
             out = self.unet(torch.cat([x, *low], 1), t, class_labels=class_labels).sample
@@ -172,17 +216,23 @@ def to_diffusers(
     model,        # the trained model, as `load` returns it
     folder,       # for the files of diffusers: new, or empty
 ) -> Path:
-    "Write a pipeline that diffusers loads: DDPMPipeline.from_pretrained(folder), or `ConditionalPipeline`'s, if labels or a small image are asked for."
-    folder, s, inner = Path(folder), model.schedule, getattr(model.net, "net", model.net)      # of an upsampler: the U-Net that it holds
+    """Write a pipeline that diffusers loads: DDPMPipeline.from_pretrained(folder), or
+    `ConditionalPipeline`'s, if labels or a small image are asked for."""
+    # of an upsampler: the U-Net that it holds
+    folder, s, inner = Path(folder), model.schedule, getattr(model.net, "net", model.net)
     network = {k: v for k, v in model.config["network"].items() if k not in ("low_size", "augment")}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"{folder.resolve()} is taken: choose another folder")
-    net = UNet(**network); net.load_state_dict(inner.state_dict())         # on the CPU
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder.resolve()} is taken: choose another folder")
+    net = UNet(**network)
+    net.load_state_dict(inner.state_dict())  # on the CPU
     if why_not(network):
-        theirs = OurUNet(network["image_size"], network["in_channels"], network["out_channels"], dict(network), s.t_model.tolist())
+        theirs = OurUNet(network["image_size"], network["in_channels"], network["out_channels"],
+                         dict(network), s.t_model.tolist())
         theirs.net.load_state_dict(net.state_dict())
     else: theirs = to_unet2d(net, network, s)
     asks = network.get("num_classes") or network["in_channels"] != model.config["shape"][0]
-    pipeline = (ConditionalPipeline if asks else DDPMPipeline)(theirs.eval(), DDPMScheduler.from_config(schedule_to_diffusers(s, model.config["variance"])))
+    pipeline = (ConditionalPipeline if asks else DDPMPipeline)(theirs.eval(),
+            DDPMScheduler.from_config(schedule_to_diffusers(s, model.config["variance"])))
     pipeline.save_pretrained(folder)
     return folder.resolve()
 
@@ -191,8 +241,11 @@ def fast_scheduler(
     s:Schedule, # the schedule
     **changes,  # further settings of DPMSolverMultistepScheduler
 ):
-    "DPM-Solver++ (2M) for our chains: our betas, x0_hat clipped to [-1,1], the end of the cosine schedule cut at lambda = -5.1."
-    return DPMSolverMultistepScheduler(**{"num_train_timesteps": len(s), "trained_betas": s.beta.tolist(), "thresholding": True, "sample_max_value": 1.0, "lambda_min_clipped": -5.1, **changes})
+    """DPM-Solver++ (2M) for our chains: our betas, x0_hat clipped to [-1,1], the end of the cosine
+    schedule cut at lambda = -5.1."""
+    return DPMSolverMultistepScheduler(
+        **{"num_train_timesteps": len(s), "trained_betas": s.beta.tolist(), "thresholding": True,
+           "sample_max_value": 1.0, "lambda_min_clipped": -5.1, **changes})
 
 @torch.no_grad()
 def drive(
@@ -204,13 +257,17 @@ def drive(
     cond=None,      # further arguments of the network, each with N rows
     **options,      # further arguments of the scheduler's step
 ) -> Tensor: # (N,C,H,W)
-    "Sample with a scheduler of diffusers: our network, shown what it was trained to be shown, their steps."
+    """Sample with a scheduler of diffusers: our network, shown what it was trained to be shown,
+    their steps."""
     scheduler.set_timesteps(steps)
     t_model, C = model.schedule.t_model.to(x_T.device, torch.float32), x_T.shape[1]
-    takes_u = isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
-    options |= {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    takes_u = (isinstance(scheduler, DDPMScheduler)
+               and scheduler.config.variance_type == "learned_range")
+    options |= ({"generator": generator}
+                if "generator" in inspect.signature(scheduler.step).parameters else {})
     x = x_T * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        out = model.net(scheduler.scale_model_input(x, t), t_model[t.long()].expand(len(x)), **(cond or {}))
+        out = model.net(scheduler.scale_model_input(x, t), t_model[t.long()].expand(len(x)),
+                        **(cond or {}))
         x = scheduler.step(out if takes_u else out[:, :C], t, x, **options).prev_sample
     return x

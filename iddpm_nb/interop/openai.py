@@ -30,28 +30,39 @@ from ..training.config import Config, DataConfig, DiffusionConfig, ModelConfig
 
 # %% ../../nbs/interop/01_openai.ipynb #6ab3aa59
 RENAME = [(re.compile(old), new) for old, new in [
-    (r"^down\.(\d+\.\d+)\.(weight|bias)$", r"down.\1.op.\2"), (r"^up\.(\d+\.\d+)\.(weight|bias)$", r"up.\1.conv.\2"),
-    (r"^conv_in", "input_blocks.0.0"), (r"^down\.(\d+)", lambda m: f"input_blocks.{int(m[1]) + 1}"), ("^middle", "middle_block"), ("^up", "output_blocks"),
-    ("^norm_out", "out.0"), ("^conv_out", "out.2"), ("^label_embed", "label_emb"),
-    (r"\.norm1\.", ".in_layers.0."), (r"\.conv1\.", ".in_layers.2."), (r"\.emb\.", ".emb_layers.1."), (r"\.norm2\.", ".out_layers.0."),
-    (r"\.conv2\.", ".out_layers.3."), (r"\.skip\.", ".skip_connection."), (r"\.proj\.", ".proj_out.")]]
+        (r"^down\.(\d+\.\d+)\.(weight|bias)$", r"down.\1.op.\2"),
+        (r"^up\.(\d+\.\d+)\.(weight|bias)$", r"up.\1.conv.\2"), (r"^conv_in", "input_blocks.0.0"),
+        (r"^down\.(\d+)", lambda m: f"input_blocks.{int(m[1]) + 1}"), ("^middle", "middle_block"),
+        ("^up", "output_blocks"), ("^norm_out", "out.0"), ("^conv_out", "out.2"),
+        ("^label_embed", "label_emb"), (r"\.norm1\.", ".in_layers.0."),
+        (r"\.conv1\.", ".in_layers.2."), (r"\.emb\.", ".emb_layers.1."),
+        (r"\.norm2\.", ".out_layers.0."), (r"\.conv2\.", ".out_layers.3."),
+        (r"\.skip\.", ".skip_connection."), (r"\.proj\.", ".proj_out.")]]
 
 def official_name(
     name:str, # of a tensor in our state dict
 ) -> str:
     "The name of the same tensor in an official checkpoint."
-    for old, new in RENAME: name = old.sub(new, name)
+    for old, new in RENAME:
+        name = old.sub(new, name)
     return name
 
 def to_openai(
     net:nn.Module, # a `UNet`, or an `Upsampler` with one
-    groups:int=32, # of each norm, as whoever reads the file will take them to be: the official code has 32
+    groups:int=32, # of each norm, as the reader of the file will assume: officially 32
 ) -> dict: # tensors on the CPU, float32, by their official names and in the official order
-    "The flat state dict of the official layout: what torch.save or safetensors then write is an official checkpoint."
+    """The flat state dict of the official layout: what torch.save or safetensors then write is an
+    official checkpoint."""
     net = net.net if isinstance(net, Upsampler) else net
-    off = [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm) and m.num_groups != math.gcd(groups, m.num_channels)]
-    if off: raise ValueError(f"the norms of this network have {off[0]} groups, and a reader of the file would take them for {groups}, as the official code has 32 and the file does not say: save_model keeps all, or give groups={off[0]} here and when it is read")
-    return {official_name(k): v.detach().to("cpu", torch.float32).contiguous() for k, v in net.state_dict().items()}
+    off = [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)
+           and m.num_groups != math.gcd(groups, m.num_channels)]
+    if off:
+        raise ValueError(f"the norms of this network have {off[0]} groups, and a reader of the "
+                         f"file would take them for {groups}, as the official code has 32 and the "
+                         f"file does not say: save_model keeps all, or give groups={off[0]} here "
+                         "and when it is read")
+    return {official_name(k): v.detach().to("cpu", torch.float32).contiguous()
+            for k, v in net.state_dict().items()}
 
 # %% ../../nbs/interop/01_openai.ipynb #45f3d56a
 def votes(
@@ -111,21 +122,26 @@ def image_channels(
 # %% ../../nbs/interop/01_openai.ipynb #5206436c
 def released(T:int, schedule="cosine", rescaled=True, loss="hybrid", **network) -> dict:
     "All about a released file: its network, its chain, and its loss."
-    return {"network": {"in_channels": 3, "out_channels": 6, "num_heads": 4, "dropout": 0.0, "num_classes": None, "scale_shift": True, "groups": 32, **network},
-            "schedule": {"name": schedule, "T": T, "rescale_t": rescaled}, "loss": loss, "lam": 0.001 if rescaled else 1 / T}
+    return {"network": {"in_channels": 3, "out_channels": 6, "num_heads": 4, "dropout": 0.0,
+                        "num_classes": None, "scale_shift": True, "groups": 32, **network},
+            "schedule": {"name": schedule, "T": T, "rescale_t": rescaled}, "loss": loss,
+            "lam": 0.001 if rescaled else 1 / T}
 
-CIFAR = released(4000, channels=128, mult=(1, 2, 2, 2), num_res_blocks=3, attn_resolutions=(16, 8), image_size=32, dropout=0.3)
-IMAGENET = released(4000, channels=128, mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(16, 8), image_size=64)
-LSUN = released(1000, "linear", False, channels=128, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(16,), image_size=256, num_heads=1, scale_shift=False)
-PRESETS = {
-    "imagenet64_uncond_100M_1500K": IMAGENET,
-    "cifar10_uncond_50M_500K": CIFAR,
-    "imagenet64_cond_270M_250K": released(4000, "cosine", False, channels=192, mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(16, 8), image_size=64, num_classes=1000),
-    "upsample_cond_500K": released(4000, "linear", False, in_channels=6, low_size=64, channels=192, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(16, 8), image_size=256, num_classes=1000),
-    "lsun_uncond_100M_1200K_bs128": LSUN,
-    "lsun_uncond_100M_2400K_bs64": LSUN,
-    "imagenet64_uncond_vlb_100M_1500K": IMAGENET | {"loss": "vlb"},
-    "cifar10_uncond_vlb_50M_500K": CIFAR | {"loss": "vlb"}}
+CIFAR = released(4000, channels=128, mult=(1, 2, 2, 2), num_res_blocks=3, attn_resolutions=(16, 8),
+                 image_size=32, dropout=0.3)
+IMAGENET = released(4000, channels=128, mult=(1, 2, 3, 4), num_res_blocks=3,
+                    attn_resolutions=(16, 8), image_size=64)
+LSUN = released(1000, "linear", False, channels=128, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2,
+                attn_resolutions=(16,), image_size=256, num_heads=1, scale_shift=False)
+PRESETS = {"imagenet64_uncond_100M_1500K": IMAGENET,
+           "cifar10_uncond_50M_500K": CIFAR, "imagenet64_cond_270M_250K": released(4000, "cosine",
+            False, channels=192, mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(16, 8),
+            image_size=64, num_classes=1000), "upsample_cond_500K": released(4000, "linear", False,
+            in_channels=6, low_size=64, channels=192, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2,
+            attn_resolutions=(16, 8), image_size=256, num_classes=1000),
+           "lsun_uncond_100M_1200K_bs128": LSUN, "lsun_uncond_100M_2400K_bs64": LSUN,
+           "imagenet64_uncond_vlb_100M_1500K": IMAGENET | {"loss": "vlb"},
+           "cifar10_uncond_vlb_50M_500K": CIFAR | {"loss": "vlb"}}
 
 # %% ../../nbs/interop/01_openai.ipynb #2e11ecb9
 def plain_tensors(
@@ -225,18 +241,27 @@ def choose(
     given:dict,      # of `NEEDED` and `MORE`
 ) -> tuple[str, dict]: # name of the preset or "", and what is known, as in `released`
     "What the tensors do not tell: by preset, by file name, or by hand."
-    if off := [k for k in given if k not in NEEDED + MORE]: raise TypeError(f"unknown setting {off[0]}: by hand can be given {', '.join(NEEDED)}, dropout, low_size for an upsampler, and groups if they are not 32")
+    if off := [k for k in given if k not in NEEDED + MORE]:
+        raise TypeError(f"unknown setting {off[0]}: by hand can be given {', '.join(NEEDED)}, "
+                        "dropout, low_size for an upsampler, and groups if they are not 32")
     by_hand = [k for k in NEEDED if k in given]
     name = preset or next((p for p in PRESETS if p in Path(path).name and not by_hand), None)
-    if name and (said := by_hand + [k for k in MORE[1:] if k in given]): raise ValueError(f"preset {name} already says what {said[0]} is: give a preset or settings, not both")
+    if name and (said := by_hand + [k for k in MORE[1:] if k in given]):
+        raise ValueError(f"preset {name} already says what {said[0]} is: give a preset or "
+                         "settings, not both")
     if len(by_hand) == len(NEEDED):
         network = {k: given[k] for k in ("image_size", "num_heads", *MORE) if k in given}
         return "", released(given["T"], given["schedule"], given["rescale_t"], **network)
     if name not in PRESETS:
-        said = f"there is no preset {preset!r}" if preset else f"{path}: heads, schedule and T cannot be read off tensors, and the name is not that of a released file"
-        raise ValueError(f"{said}; choose a preset of {', '.join(PRESETS)}, or give all of {', '.join(NEEDED)}" + f" ({', '.join(k for k in NEEDED if k not in given)} missing)" * bool(by_hand))
+        said = (f"there is no preset {preset!r}" if preset else f"{path}: heads, schedule and T "
+                "cannot be read off tensors, and the name is not that of a released file")
+        raise ValueError(f"{said}; choose a preset of "
+                         f"{', '.join(PRESETS)}, or give all of {', '.join(NEEDED)}"
+                         + f" ({', '.join(k for k in NEEDED if k not in given)} "
+                         f"missing)" * bool(by_hand))
     known = PRESETS[name]
-    return name, known | {"network": known["network"] | {k: given[k] for k in ("dropout",) if k in given}}
+    return (name, known
+            | {"network": known["network"] | {k: given[k] for k in ("dropout",) if k in given}})
 
 def check_preset(
     name:str,    # the preset, "" if there is none
@@ -244,10 +269,15 @@ def check_preset(
     found:dict,  # what the tensors say
     path:Path,   # the file
 ):
-    "Refuse a preset that belongs to another file, and an upsampler whose small images have no known size."
-    if image_channels(found)[0] < found["in_channels"] and "low_size" not in known["network"]: raise ValueError(f"{path} is an upsampler, and the size of its small images cannot be read off tensors: give low_size")
+    """Refuse a preset that belongs to another file, and an upsampler whose small images have no
+    known size."""
+    if image_channels(found)[0] < found["in_channels"] and "low_size" not in known["network"]:
+        raise ValueError(f"{path} is an upsampler, and the size of its small images cannot be read "
+                         "off tensors: give low_size")
     for k, v in found.items():
-        if name and known["network"][k] != v: raise ValueError(f"preset {name} does not fit {path}: it says {k} = {known['network'][k]}, the tensors say {v}")
+        if name and known["network"][k] != v:
+            raise ValueError(f"preset {name} does not fit {path}: it says {k} = "
+                             f"{known['network'][k]}, the tensors say {v}")
 
 # %% ../../nbs/interop/01_openai.ipynb #df643dc2
 def as_config(
@@ -293,7 +323,8 @@ def read_openai(
     check_preset(name, known, found, path)
     config = describe_openai(known["network"] | found, known, name)
     kind = Upsampler if "low_size" in config["network"] else UNet
-    with torch.device("meta"): net = kind(**config["network"])
+    with torch.device("meta"):
+        net = kind(**config["network"])
     ours = {official_name(k.removeprefix("net.")): k for k in net.state_dict()}
     check_keys({k: net.get_parameter(v) for k, v in ours.items()}, tensors, path)
     check_described(config)                    # what was said by hand

@@ -37,8 +37,10 @@ class Reference:
 
 def default_cache() -> Path|None:
     "Where references are kept: ~/.cache/iddpm_nb, or below XDG_CACHE_HOME; None without a home."
-    try: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iddpm_nb"
-    except RuntimeError: return None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iddpm_nb"
+    except RuntimeError:
+        return None
 
 def digest(*tensors) -> str: # sha256 of tensors, with their shapes
     h = hashlib.sha256()
@@ -54,7 +56,8 @@ def read_kept(path:Path) -> dict|None: # None if there is none that is whole
     try:
         with safetensors.safe_open(path, "pt") as f:
             kept, meta = {k: f.get_tensor(k) for k in sorted(f.keys())}, f.metadata() or {}
-    except (OSError, safetensors.SafetensorError): return None
+    except (OSError, safetensors.SafetensorError):
+        return None
     ok = kept.keys() == {"feats", "mu", "sigma"} and meta.get("sum") == digest(*kept.values())
     return kept if ok else None
 

@@ -185,7 +185,8 @@ def imported(name:str): # module:function
     require(function, f"unknown features {shown(name)!r}: give inception, digits, "
             f"{', '.join(TORCHVISION)}, a folder or .npz with labels, a TorchScript .pt that is "
             "there, or module:function")
-    try: found = getattr(import_module(module), function)
+    try:
+        found = getattr(import_module(module), function)
     except (Exception, SystemExit) as e:
         raise ValueError(f"there are no features {shown(name)}: {shown(e)}; module:function must "
                          "be something that Python can import (PYTHONPATH says where)") from e
@@ -205,7 +206,7 @@ def get_features(
     if not (name and (named(name) or path.exists())): return Features(shown(name), imported(name))
     key = (name, str(device), root, size, mode, skip_broken)
     if key not in TRAINED:
-        if named(name) and "mnist" not in name: size = None      # they have a size of their own
+        if named(name) and "mnist" not in name: size = None  # they have a size of their own
         d = open_images(name, "train", size, root, mode, False, skip_broken)
         called = shown(path.resolve().stem.lstrip(".") or name)
         TRAINED[key] = fit_classifier(d, called, device=device, progress=progress)

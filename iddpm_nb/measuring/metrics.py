@@ -16,26 +16,41 @@ def fidelity():
     "The library that computes the figures, imported where it is needed."
     try:
         lib = import_module("torch_fidelity")
-        lib.metric_fid.fid_features_to_statistics, lib.metric_isc.isc_features_to_metric, lib.metric_prc.prc_features_to_metric
-    except (ImportError, AttributeError) as e: raise ImportError("this needs the library torch-fidelity (0.4 or later), an optional extra: pip install 'iddpm_nb[eval]'") from e
+        assert lib.metric_fid.fid_features_to_statistics    # all three came with 0.4
+        assert lib.metric_isc.isc_features_to_metric
+        assert lib.metric_prc.prc_features_to_metric
+    except (ImportError, AttributeError) as e:
+        raise ImportError("this needs the library torch-fidelity (0.4 or later), an optional "
+                          "extra: pip install 'iddpm_nb[eval]'") from e
     return lib
 
 def statistics(
     feats:Tensor, # (N,F)
 ) -> dict: # mean "mu" and covariance "sigma", float64 arrays
     "The Gaussian that describes a set."
-    if feats.ndim != 2 or len(feats) < 2: raise ValueError(f"a covariance needs features (N,F) of at least 2 images, got {tuple(feats.shape)}")
+    if feats.ndim != 2 or len(feats) < 2:
+        raise ValueError("a covariance needs features (N,F) of at least 2 images, got "
+                         f"{tuple(feats.shape)}")
     if not feats.isfinite().all(): raise ValueError("features must be finite")
-    if len(feats) <= feats.shape[1]: warnings.warn(f"{len(feats)} images cannot fill {feats.shape[1]} features: their covariance is singular, and a Frechet distance computed with it is far too large", stacklevel=2)
+    if len(feats) <= feats.shape[1]:
+        warnings.warn(f"{len(feats)} images cannot fill {feats.shape[1]} features: their "
+                      "covariance is singular, and a Frechet distance computed with it is far too "
+                      f"large", stacklevel=2)
     return fidelity().metric_fid.fid_features_to_statistics(feats.cpu().double())
 
 def frechet(
     a:dict, b:dict, # of `statistics`
 ) -> float: # at least 0
-    "The squared Frechet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID, if the features are Inception's."
-    if not all(torch.as_tensor(v).isfinite().all() for s in (a, b) for v in s.values()): raise ValueError("statistics must be finite")
-    if a["mu"].shape != b["mu"].shape: raise ValueError(f"the two sets have {len(a['mu'])} and {len(b['mu'])} features: they must come from one network")
-    return max(fidelity().metric_fid.fid_statistics_to_metric(a, b, False)["frechet_inception_distance"], 0.0)    # rounding may leave -1e-14
+    """The squared Frechet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)):
+    FID, if the features are Inception's."""
+    if not all(torch.as_tensor(v).isfinite().all() for s in (a, b) for v in s.values()):
+        raise ValueError("statistics must be finite")
+    if a["mu"].shape != b["mu"].shape:
+        raise ValueError(f"the two sets have {len(a['mu'])} and {len(b['mu'])} features: they must "
+                         "come from one network")
+    # rounding may leave -1e-14
+    return max(fidelity().metric_fid.fid_statistics_to_metric(a, b,
+                False)["frechet_inception_distance"], 0.0)
 
 # %% ../../nbs/measuring/01_metrics.ipynb #1535cdba
 def frechet_infinite(
@@ -46,12 +61,15 @@ def frechet_infinite(
 ) -> float:
     "The Frechet distance to a reference, extrapolated to infinitely many samples by a line in 1/N."
     N = len(feats)
-    if N < 2 * feats.shape[1] + 2: raise ValueError(f"extrapolating needs more than twice as many images as the {feats.shape[1]} features, got {N}")
+    if N < 2 * feats.shape[1] + 2:
+        raise ValueError("extrapolating needs more than twice as many images as the "
+                         f"{feats.shape[1]} features, got {N}")
     sizes = [N] + [n for n in (N // 2, 2 * N // 3, 4 * N // 5) for _ in range(draws)]
     some = (feats[torch.randperm(N, generator=generator)[:n]] for n in sizes)
     y = torch.tensor([frechet(statistics(s), ref) for s in some], dtype=torch.float64)
     A = torch.stack([torch.ones(len(sizes)), 1 / torch.tensor(sizes)], 1).double()
-    w = torch.tensor([draws**0.5] + [1.0] * (len(sizes) - 1)).double()[:, None]       # the one whole set counts as much as the draws of a size
+    # the one whole set counts as much as the draws of a size
+    w = torch.tensor([draws**0.5] + [1.0] * (len(sizes) - 1)).double()[:, None]
     return torch.linalg.lstsq(w * A, w * y[:, None]).solution[0].item()
 
 # %% ../../nbs/measuring/01_metrics.ipynb #ce360d43
@@ -60,10 +78,15 @@ def inception_score(
     splits:int=10, # parts
     seed:int=2020, # of their order; torch-fidelity's own
 ) -> tuple[float, float]: # mean and standard deviation over the parts
-    "exp E KL(p(y|x) || p(y)): between 1 and the number of classes; the Inception score, if the classifier is Inception."
-    if logits is None: raise ValueError("these features come without logits: an Inception score needs a classifier")
-    if logits.ndim != 2 or not logits.isfinite().all(): raise ValueError(f"logits must be finite and (N,K), got {tuple(logits.shape)}")
-    if not 1 <= splits <= len(logits): raise ValueError(f"{len(logits)} images cannot be split in {splits} parts")
+    """exp E KL(p(y|x) || p(y)): between 1 and the number of classes; the Inception score, if the
+    classifier is Inception."""
+    if logits is None:
+        raise ValueError("these features come without logits: an Inception score needs a "
+                         "classifier")
+    if logits.ndim != 2 or not logits.isfinite().all():
+        raise ValueError(f"logits must be finite and (N,K), got {tuple(logits.shape)}")
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"{len(logits)} images cannot be split in {splits} parts")
     r = fidelity().metric_isc.isc_features_to_metric(logits.cpu().double(), splits, True, seed)
     return r["inception_score_mean"], r["inception_score_std"]
 
@@ -74,11 +97,21 @@ def precision_recall(
     chunk:int=1000,           # rows of the table of distances at a time
     device="cpu",
 ) -> tuple[float, float]: # precision and recall, in 0..1
-    "The share of samples among the reference, and of the reference among samples (Kynkaanniemi et al. 2019)."
-    if feats.ndim != 2 or ref.ndim != 2 or feats.shape[1] != ref.shape[1]: raise ValueError(f"features must be (N,F) and (M,F), got {tuple(feats.shape)} and {tuple(ref.shape)}")
-    if int(k) != k or not 1 <= k < min(len(feats), len(ref)): raise ValueError(f"k must be a whole number of at least 1 and below the number of images in each set, got k = {k} for {len(feats)} and {len(ref)}")
+    """The share of samples among the reference, and of the reference among samples (Kynkaanniemi et
+    al. 2019)."""
+    if feats.ndim != 2 or ref.ndim != 2 or feats.shape[1] != ref.shape[1]:
+        raise ValueError(f"features must be (N,F) and (M,F), got {tuple(feats.shape)} and "
+                         f"{tuple(ref.shape)}")
+    if int(k) != k or not 1 <= k < min(len(feats), len(ref)):
+        raise ValueError("k must be a whole number of at least 1 and below the number of images "
+                         f"in each set, got k = {k} for {len(feats)} and {len(ref)}")
     if chunk < 1: raise ValueError(f"chunk, the rows at a time, must be at least 1, got {chunk}")
-    if not (feats.isfinite().all() and ref.isfinite().all()): raise ValueError("features must be finite")
-    a, b = (v.cpu().double().to("cpu" if torch.device(device).type == "mps" else device) for v in (feats, ref))      # MPS has no float64
-    r = fidelity().metric_prc.prc_features_to_metric(a, b, prc_neighborhood=int(k), prc_batch_size=chunk, save_cpu_ram=True, verbose=False)
+    if not (feats.isfinite().all() and ref.isfinite().all()):
+        raise ValueError("features must be finite")
+    # MPS has no float64
+    a, b = (v.cpu().double().to("cpu" if torch.device(device).type == "mps" else device)
+            for v in (feats, ref))
+    r = fidelity().metric_prc.prc_features_to_metric(a, b, prc_neighborhood=int(k),
+                                                     prc_batch_size=chunk, save_cpu_ram=True,
+                                                     verbose=False)
     return r["precision"], r["recall"]

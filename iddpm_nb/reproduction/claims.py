@@ -22,9 +22,11 @@ def t95(
     df:int, # degrees of freedom, at least 1
 ) -> float:
     "The 97.5 % quantile of Student's distribution, from the sum under its density."
-    if df < 1: raise ValueError(f"Student's distribution needs at least 1 degree of freedom, got {df}")
+    if df < 1:
+        raise ValueError(f"Student's distribution needs at least 1 degree of freedom, got {df}")
     x = torch.linspace(0, 100, 1_000_001, dtype=torch.float64)
-    density = torch.distributions.StudentT(torch.tensor(float(df), dtype=torch.float64)).log_prob(x).exp()
+    density = torch.distributions.StudentT(torch.tensor(float(df),
+                                                        dtype=torch.float64)).log_prob(x).exp()
     area = torch.cumulative_trapezoid(density, x)
     return x[1 + int(torch.searchsorted(area, 0.475))].item()
 
@@ -47,16 +49,24 @@ class Claim:
     "An ordering that the paper reports."
     what: str    # in words
     paper: str   # its figures
-    rises: bool | None # does the figure rise from `a` to `b`? None: it hardly changes, by less than `LITTLE`
+    # does the figure rise from `a` to `b`? None: it hardly changes, by less than `LITTLE`
+    rises: bool | None
     a: tuple     # (row, path of the figure in its record)
     b: tuple
     ratio: bool = False  # compare as log(b/a)
     per: tuple = ()      # path of a figure in the same record, which both are divided by
 
-def bits_fall(what, paper, a, b): return Claim(f"{what}: bits/dim fall", paper, False, (a, ("bits", "each")), (b, ("bits", "each")))
-def samples_worse(what, paper, a, b): return Claim(f"{what}: samples get worse", paper, True, (a, ("samples", "distance")), (b, ("samples", "distance")), True)
-def samples_better(what, paper, a, b): return Claim(f"{what}: samples get better", paper, False, (a, ("samples", "distance")), (b, ("samples", "distance")), True)
-def within(row, what, paper, rises, a, b): return Claim(what, paper, rises, (row, a), (row, b), True)     # two figures of one row
+def bits_fall(what, paper, a, b):
+    return Claim(f"{what}: bits/dim fall", paper, False, (a, ("bits", "each")),
+                 (b, ("bits", "each")))
+def samples_worse(what, paper, a, b):
+    return Claim(f"{what}: samples get worse", paper, True, (a, ("samples", "distance")),
+                 (b, ("samples", "distance")), True)
+def samples_better(what, paper, a, b):
+    return Claim(f"{what}: samples get better", paper, False, (a, ("samples", "distance")),
+                 (b, ("samples", "distance")), True)
+def within(row, what, paper, rises, a, b):
+    return Claim(what, paper, rises, (row, a), (row, b), True)  # two figures of one row
 
 # %% ../../nbs/reproduction/02_claims.ipynb #65cbed11
 def claims(
@@ -64,41 +74,62 @@ def claims(
 ) -> list[Claim]:
     "What a small-scale reproduction should show."
     row = lambda schedule, loss, t=T: f"{schedule}-{t}-{loss}"
-    linear, simple, hybrid, vlb = row("linear", "hybrid"), row("cosine", "simple"), row("cosine", "hybrid"), row("cosine", "vlb")
-    whole, four_fifths, noise = ("skipped", "0.0"), ("skipped", "0.2"), lambda loss: [("gradients", loss, how) for how in ("uniform", "importance")]
+    linear = row("linear", "hybrid")
+    simple = row("cosine", "simple")
+    hybrid = row("cosine", "hybrid")
+    vlb = row("cosine", "vlb")
+    whole = ("skipped", "0.0")
+    four_fifths = ("skipped", "0.2")
+    noise = lambda loss: [("gradients", loss, how) for how in ("uniform", "importance")]
     return [
-        bits_fall(f"T from {T // 4:,} to {T:,}", "-0.36, -0.22", row("linear", "simple", T // 4), row("linear", "simple")),
+        bits_fall(f"T from {T // 4:,} to {T:,}", "-0.36, -0.22",
+                  row("linear", "simple", T // 4), row("linear", "simple")),
         bits_fall("L_simple to L_hybrid, linear", "-0.11, -0.11", row("linear", "simple"), linear),
         bits_fall("L_simple to L_hybrid, cosine", "-0.09, -0.06", simple, hybrid),
         bits_fall("linear to cosine, L_simple", "-0.11, -0.09", row("linear", "simple"), simple),
         bits_fall("linear to cosine, L_hybrid", "-0.09, -0.04", linear, hybrid),
         bits_fall("L_hybrid to L_vlb", "-0.23, -0.05", hybrid, vlb),
         samples_worse("L_hybrid to L_vlb", "x 3.6, x 2.0", hybrid, vlb),
-        Claim("50 steps: L_simple with beta~ worse than L_hybrid with learned", "figure only", True, (hybrid, ("few_steps", "learned", "50")), (simple, ("few_steps", "beta_tilde", "50")), True),
-        within(simple, "50 steps: L_simple with beta worse than with beta~", "x 3.4", True, ("few_steps", "beta_tilde", "50"), ("few_steps", "beta", "50")),
-        within(hybrid, "all steps: samples with beta better than beta~", "x 0.67", False, ("full_length", "beta_tilde"), ("full_length", "beta")),
-        Claim("respaced from 250 steps to 25: bits/dim rise", "+14.7, from 200", True, (hybrid, ("respaced_bits", "250", "each")), (hybrid, ("respaced_bits", "25", "each"))),
-        within(linear, "linear: a fifth skipped, samples hardly change", "little", None, whole, four_fifths),
-        within(hybrid, "cosine: a fifth skipped, samples get worse", "visibly", True, whole, four_fifths),
-        Claim("a fifth skipped costs more with cosine than with linear", "figure only", True, (linear, four_fifths), (hybrid, four_fifths), True, whole),
-        within(hybrid, "L_vlb: importance sampling lessens the gradient's noise", "by a large factor", False, *noise("vlb")),
-        within(hybrid, "L_hybrid: importance sampling hardly changes the gradient's noise", "no help", None, *noise("hybrid")),
-        *(own_claims() if T == 1000 else ())]
+        Claim("50 steps: L_simple with beta~ worse than L_hybrid with learned", "figure only", True,
+              (hybrid, ("few_steps", "learned", "50")), (simple, ("few_steps", "beta_tilde", "50")),
+              True), within(simple, "50 steps: L_simple with beta worse than with beta~", "x 3.4",
+                            True, ("few_steps", "beta_tilde", "50"), ("few_steps", "beta", "50")),
+        within(hybrid, "all steps: samples with beta better than beta~", "x 0.67", False,
+               ("full_length", "beta_tilde"), ("full_length", "beta")),
+        Claim("respaced from 250 steps to 25: bits/dim rise", "+14.7, from 200", True,
+              (hybrid, ("respaced_bits", "250", "each")),
+              (hybrid, ("respaced_bits", "25", "each"))),
+        within(linear, "linear: a fifth skipped, samples hardly change", "little", None, whole,
+               four_fifths), within(hybrid, "cosine: a fifth skipped, samples get worse",
+                                    "visibly", True, whole, four_fifths),
+        Claim("a fifth skipped costs more with cosine than with linear", "figure only", True,
+              (linear, four_fifths), (hybrid, four_fifths), True, whole),
+        within(hybrid, "L_vlb: importance sampling lessens the gradient's noise",
+               "by a large factor", False, *noise("vlb")),
+        within(hybrid, "L_hybrid: importance sampling hardly changes the gradient's noise",
+               "no help", None, *noise("hybrid")), *(own_claims() if T == 1000 else ())]
 
-def own_claims() -> list[Claim]: # on the lines that only the scale mnist16 has: chapter reproduction/04
-    hybrid, vlb, clip, long = "cosine-1000-hybrid", "cosine-1000-vlb", "L_hybrid to L_vlb, both with the gradient clipped at 1", "-2700steps"
-    return [
-        bits_fall("T from 1,000 to 4,000", "-0.36, -0.22", "linear-1000-simple", "linear-4000-simple"),
-        within(hybrid, "50 steps, one L_hybrid network: beta~ worse than learned", "–", True, ("few_steps", "learned", "50"), ("few_steps", "beta_tilde", "50")),
-        bits_fall(clip, "-0.23, -0.05, unclipped", f"{hybrid}-1clip", f"{vlb}-1clip"),
-        samples_worse(clip, "x 3.6, x 2.0, unclipped", f"{hybrid}-1clip", f"{vlb}-1clip"),
-        bits_fall("L_hybrid trained three times as long", "-0.05", hybrid, hybrid + long),
-        samples_better("L_hybrid trained three times as long", "x 0.69", hybrid, hybrid + long),
-        bits_fall("L_hybrid to L_vlb, both trained three times as long", "-0.04", hybrid + long, vlb + long),
-        samples_worse("L_hybrid to L_vlb, both trained three times as long", "x 2.1", hybrid + long, vlb + long),
-        bits_fall("16 to 32 channels", "figure only", f"{hybrid}-16channels", hybrid),
-        bits_fall("32 to 48 channels", "figure only", hybrid, f"{hybrid}-48channels"),
-        samples_better("16 to 48 channels", "figure only", f"{hybrid}-16channels", f"{hybrid}-48channels")]
+# on the lines that only the scale mnist16 has: chapter reproduction/04
+def own_claims() -> list[Claim]:
+    hybrid = "cosine-1000-hybrid"
+    vlb = "cosine-1000-vlb"
+    clip = "L_hybrid to L_vlb, both with the gradient clipped at 1"
+    long = "-2700steps"
+    return [bits_fall("T from 1,000 to 4,000", "-0.36, -0.22",
+                      "linear-1000-simple", "linear-4000-simple"),
+            within(hybrid, "50 steps, one L_hybrid network: beta~ worse than learned", "–", True,
+                   ("few_steps", "learned", "50"), ("few_steps", "beta_tilde", "50")),
+            bits_fall(clip, "-0.23, -0.05, unclipped", f"{hybrid}-1clip", f"{vlb}-1clip"),
+            samples_worse(clip, "x 3.6, x 2.0, unclipped", f"{hybrid}-1clip", f"{vlb}-1clip"),
+            bits_fall("L_hybrid trained three times as long", "-0.05", hybrid, hybrid + long),
+            samples_better("L_hybrid trained three times as long", "x 0.69", hybrid, hybrid + long),
+            bits_fall("L_hybrid to L_vlb, both trained three times as long", "-0.04", hybrid + long,
+                      vlb + long), samples_worse("L_hybrid to L_vlb, both trained three times as "
+                                                 "long", "x 2.1", hybrid + long, vlb + long),
+            bits_fall("16 to 32 channels", "figure only", f"{hybrid}-16channels", hybrid),
+            bits_fall("32 to 48 channels", "figure only", hybrid, f"{hybrid}-48channels"),
+            samples_better("16 to 48 channels", "figure only", f"{hybrid}-16channels",
+                           f"{hybrid}-48channels")]
 
 # %% ../../nbs/reproduction/02_claims.ipynb #4aa86880
 def read_records(
@@ -115,7 +146,8 @@ def read_records(
     return found
 
 def figure_of(record:dict, path:tuple): # what stands there; None if it was not run
-    for k in path: record = record.get(k) if record is not None else None
+    for k in path:
+        record = record.get(k) if record is not None else None
     return record
 
 def compare(
@@ -125,22 +157,25 @@ def compare(
     def value(record, path):
         v, unit = figure_of(record, path), figure_of(record, claim.per) if claim.per else 1.0
         return None if v is None or unit is None else torch.tensor(v, dtype=torch.float64) / unit
-    pairs = [[value(records.get(row, {}).get(seed), path) for row, path in (claim.a, claim.b)] for seed in sorted(records.get(claim.a[0], {}))]
+    pairs = [[value(records.get(row, {}).get(seed), path) for row, path in (claim.a, claim.b)]
+             for seed in sorted(records.get(claim.a[0], {}))]
     pairs = [p for p in pairs if p[0] is not None and p[1] is not None]
     if not pairs: return None
-    if len({p.shape for pair in pairs for p in pair}) > 1: raise ValueError(f"{claim.what}: its records were measured on different numbers of images")
+    if len({p.shape for pair in pairs for p in pair}) > 1:
+        raise ValueError(f"{claim.what}: its records were measured on different numbers of images")
     d = torch.stack([(p[1] / p[0]).log() if claim.ratio else p[1] - p[0] for p in pairs])
     return *interval(d), len(d)
 
 def verdict(
     claim:Claim, mean:float, half:float|None,
 ) -> str:
-    "confirmed, contradicted, or not resolved: is the whole interval on one side of zero (for a claim of little change, of its bounds)?"
+    """confirmed, contradicted, or not resolved: is the whole interval on one side of zero (for a
+    claim of little change, of its bounds)?"""
     if half is None: return "not resolved"
     if claim.rises is None:
         if abs(mean) + half < math.log(LITTLE): return "confirmed"
         return "contradicted" if abs(mean) - half > math.log(LITTLE) else "not resolved"
-    if not abs(mean) > half: return "not resolved"                      # not-a-number resolves nothing
+    if not abs(mean) > half: return "not resolved"  # not-a-number resolves nothing
     return "confirmed" if (mean > 0) == claim.rises else "contradicted"
 
 # %% ../../nbs/reproduction/02_claims.ipynb #f0d08833
@@ -148,25 +183,33 @@ def beside_paper(
     records:dict, T:int, # of `read_records`; steps in the place of the paper's 4,000
 ) -> str: # Markdown
     "The paper's claims, its figures, ours, and the verdict."
-    lines = ["| the paper's claim | paper | ours, with 95 % interval | seeds | verdict |", "|---|---|---|---|---|"]
+    lines = ["| the paper's claim | paper | ours, with 95 % interval | seeds | verdict |",
+             "|---|---|---|---|---|"]
     for c in claims(T):
         found = compare(c, records)
-        if found is None: lines.append(f"| {c.what} | {c.paper} | not run | – | – |"); continue
+        if found is None:
+            lines.append(f"| {c.what} | {c.paper} | not run | – | – |")
+            continue
         mean, half, seeds = found
         show = (lambda v: f"x {math.exp(v):.3g}") if c.ratio else (lambda v: f"{v:+.3f}")
-        ours = show(mean) + ("" if half is None else f" ({show(mean - half)} to {show(mean + half)})")
+        ours = (show(mean)
+                + ("" if half is None else f" ({show(mean - half)} to {show(mean + half)})"))
         lines.append(f"| {c.what} | {c.paper} | {ours} | {seeds} | {verdict(c, mean, half)} |")
     return "\n".join(lines)
 
 def paper_table(
-    records:dict, figures:dict, # figures: {row: (T, bits/dim and FID of ImageNet-64, of CIFAR-10) in the paper}
+    records:dict, figures:dict, # figures: {row: (T, bits/dim and FID: ImageNet-64, CIFAR-10)}
 ) -> str: # Markdown
     "The lines of the paper's Tables 1 and 2 and ours beside them, means over the seeds."
-    lines = ["| T, paper | T, ours | schedule | objective | bits/dim: ImageNet-64 | CIFAR-10 | ours | FID: ImageNet-64 | CIFAR-10 | distance, ours | seeds |", "|---" * 11 + "|"]
+    lines = ["| T, paper | T, ours | schedule | objective | bits/dim: ImageNet-64 | CIFAR-10 | "
+             "ours | FID: ImageNet-64 | CIFAR-10 | distance, ours | seeds |", "|---" * 11 + "|"]
     for name, (T, nll64, fid64, nll32, fid32) in figures.items():
         schedule, t, loss, *more = name.split("-")
         mine = [r for r in records.get(name, {}).values() if "bits" in r and "samples" in r]
         mean = lambda *path, of=mine: sum(figure_of(r, path) for r in of) / len(of)
-        bits, distance = (f"{mean('bits', 'bits_per_dim'):.3f}", f"{mean('samples', 'distance'):.1f}") if mine else ("not run", "not run")
-        lines.append(f"| {T:,} | {int(t):,} | {schedule} | {', '.join(['L_' + loss, *more])} | {nll64} | {nll32} | {bits} | {fid64} | {fid32} | {distance} | {len(mine) or '–'} |")
+        bits, distance = (f"{mean('bits', 'bits_per_dim'):.3f}",
+                          f"{mean('samples', 'distance'):.1f}") if mine else ("not run", "not run")
+        lines.append(f"| {T:,} | {int(t):,} | {schedule} | {', '.join(['L_' + loss, *more])} | "
+                     f"{nll64} | {nll32} | {bits} | {fid64} | {fid32} | {distance} | "
+                     f"{len(mine) or '–'} |")
     return "\n".join(lines)

@@ -29,15 +29,19 @@ class Row:
     steps: int | None = None    # of the training; None: the scale's
 
     @property
-    def name(self): return "-".join([self.schedule, str(self.T), self.loss, *(f"{v}{k}" for k in ("channels", "groups", "clip", "steps") if (v := getattr(self, k)) is not None)])
+    def name(self):
+        return "-".join([self.schedule, str(self.T), self.loss, *(f"{v}{k}" for k in ("channels",
+                    "groups", "clip", "steps") if (v := getattr(self, k)) is not None)])
 
 def paper_rows(
     T:int,         # in the place of the paper's 4,000
     linear=None, cosine=None, # dropout; None: the scale's
 ) -> tuple[Row, ...]:
     "The six lines of Tables 1 and 2."
-    lines = ("linear", T // 4, "simple"), ("linear", T, "simple"), ("linear", T, "hybrid"), ("cosine", T, "simple"), ("cosine", T, "hybrid"), ("cosine", T, "vlb")
-    return tuple(Row(*line, dropout={"linear": linear, "cosine": cosine}[line[0]]) for line in lines)
+    lines = ("linear", T // 4, "simple"), ("linear", T, "simple"), ("linear", T,
+            "hybrid"), ("cosine", T, "simple"), ("cosine", T, "hybrid"), ("cosine", T, "vlb")
+    return tuple(Row(*line, dropout={"linear": linear, "cosine": cosine}[line[0]])
+                 for line in lines)
 
 # %% ../../nbs/reproduction/03_lines.ipynb #08085aa5
 @dataclass(frozen=True)
@@ -51,30 +55,46 @@ class Scale:
     more: dict        # {name of a row: further studies}
 
 def extras(T:int) -> dict: # the studies of single rows, beyond those of all
-    return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients", "full_length"), f"linear-{T}-hybrid": ("skipped",), f"cosine-{T}-simple": ("few_steps", "respaced_bits"), f"cosine-{T}-vlb": ("respaced_bits", "gradients")}
+    return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients",
+                                   "full_length"), f"linear-{T}-hybrid": ("skipped",),
+            f"cosine-{T}-simple": ("few_steps", "respaced_bits"),
+            f"cosine-{T}-vlb": ("respaced_bits", "gradients")}
 
-def small(data, size, steps, mult, attn, channels=32, batch=64, lr=1e-3, ema=0.995, T=1000, **model) -> Config:
+def small(data, size, steps, mult, attn, channels=32, batch=64, lr=1e-3, ema=0.995, T=1000,
+          **model) -> Config:
     "A run of minutes on a CPU. Everything but the row is the same for all."
-    return Config(DataConfig(data, size), ModelConfig(channels, mult, 1, attn, groups=8, **model), DiffusionConfig(T),
-                  TrainConfig(steps, batch, lr=lr, warmup=min(100, steps // 4), ema=(ema,), precision="bfloat16", threads=1, save_every=max(1, steps // 3), keep=1))
+    return Config(DataConfig(data, size), ModelConfig(channels, mult, 1, attn, groups=8, **model),
+                  DiffusionConfig(T), TrainConfig(steps, batch, lr=lr, warmup=min(100, steps // 4),
+                                                  ema=(ema,), precision="bfloat16", threads=1,
+                                                  save_every=max(1, steps // 3), keep=1))
 
 def longer(T:int, steps:int) -> tuple[Row, ...]: # the last two lines, trained longer
     return tuple(Row("cosine", T, loss, steps=steps) for loss in ("hybrid", "vlb"))
 
-def full(preset:str, steps:int, linear=None, cosine=None, more=()) -> dict: # a table of the paper, as it was run
+# a table of the paper, as it was run
+def full(preset:str, steps:int, linear=None, cosine=None, more=()) -> dict:
     base = PRESETS[preset]
-    return {"base": replace(base, train=replace(base.train, steps=steps)), "rows": (*paper_rows(4000, linear, cosine), *more), "features": "inception", "more": extras(4000),
+    return {"base": replace(base, train=replace(base.train, steps=steps)),
+            "rows": (*paper_rows(4000, linear, cosine), *more),
+            "features": "inception", "more": extras(4000),
             "budget": {"images": 1000, "samples": 10_000, "steps": 250, "precision": "bfloat16"}}
 
-SCALES = {
-    "digits": Scale(small("digits", None, 40, (1,), (), T=120), paper_rows(120), (1, 8, 8), "digits", {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "draws": 2}, {}),
-    "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,)), (*paper_rows(1000), Row("linear", 4000, "simple"), *(Row("cosine", 1000, loss, clip=1) for loss in ("hybrid", "vlb")), *longer(1000, 2700),
-                     *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)), Row("cosine", 1000, "hybrid", groups=32)),
-                     (1, 16, 16), "mnist", {"precision": "bfloat16", "images": 250, "samples": 400}, extras(1000) | {"cosine-1000-hybrid-2700steps": ("few_steps",)}),
-    "cifar10-small": Scale(**(full("cifar10", 500_000) | {"base": replace(PRESETS["cifar10"], model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)), "features": "cifar10"}), shape=(3, 32, 32)),
-    "cifar10": Scale(shape=(3, 32, 32), **full("cifar10", 500_000, 0.1, 0.3)),
-    "imagenet64": Scale(shape=(3, 64, 64), **full("imagenet64", 200_000, more=longer(4000, 1_500_000))),
-}
+SCALES = {"digits": Scale(small("digits", None, 40, (1,), (), T=120),
+                          paper_rows(120), (1, 8, 8), "digits",
+                          {"images": 60, "num_t": 16, "samples": 60, "steps": 10, "draws": 2}, {}),
+          "mnist16": Scale(small("mnist", 16, 900, (1, 1, 2), (4,
+            )), (*paper_rows(1000), Row("linear", 4000, "simple"),
+                 *(Row("cosine", 1000, loss, clip=1) for loss in ("hybrid", "vlb")),
+                 *longer(1000, 2700), *(Row("cosine", 1000, "hybrid", c) for c in (16, 48)),
+                 Row("cosine", 1000, "hybrid", groups=32)), (1, 16, 16), "mnist",
+                           {"precision": "bfloat16", "images": 250, "samples": 400},
+                           extras(1000) | {"cosine-1000-hybrid-2700steps": ("few_steps",)}),
+          "cifar10-small": Scale(**(full("cifar10", 500_000) | {"base": replace(PRESETS["cifar10"],
+            model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)),
+            "features": "cifar10"}), shape=(3, 32, 32)),
+          "cifar10": Scale(shape=(3, 32, 32), **full("cifar10", 500_000, 0.1, 0.3)),
+          "imagenet64": Scale(shape=(3, 64, 64),
+                              **full("imagenet64", 200_000, more=longer(4000, 1_500_000))),}
 
 # %% ../../nbs/reproduction/03_lines.ipynb #2ede176c
 def row_config(
@@ -83,13 +103,17 @@ def row_config(
     seed:int=0,  # of everything random
     root:str="data", # where downloads are kept
 ) -> Config:
-    "The run behind a line. L_simple has the fixed variance beta, L_vlb draws t by importance; a wider network learns more slowly, lr ~ 1/sqrt(channels)."
+    """The run behind a line. L_simple has the fixed variance beta, L_vlb draws t by importance; a
+    wider network learns more slowly, lr ~ 1/sqrt(channels)."""
     b = scale.base
-    model = replace(b.model, **{k: v for k in ("channels", "groups", "dropout") if (v := getattr(row, k)) is not None})
-    diffusion = replace(b.diffusion, T=row.T, schedule=row.schedule, loss=row.loss, variance="beta" if row.loss == "simple" else "learned",
+    model = replace(b.model, **{k: v for k in ("channels", "groups", "dropout")
+                                if (v := getattr(row, k)) is not None})
+    diffusion = replace(b.diffusion, T=row.T, schedule=row.schedule, loss=row.loss,
+                        variance="beta" if row.loss == "simple" else "learned",
                         sampler="importance" if row.loss == "vlb" else "uniform")
     train = {k: v for k in ("clip", "steps") if (v := getattr(row, k)) is not None}
-    return Config(replace(b.data, root=root), model, diffusion, replace(b.train, seed=seed, lr=b.train.lr * (b.model.channels / model.channels)**0.5, **train))
+    return Config(replace(b.data, root=root), model, diffusion, replace(b.train, seed=seed,
+                lr=b.train.lr * (b.model.channels / model.channels)**0.5, **train))
 
 # %% ../../nbs/reproduction/03_lines.ipynb #1048619d
 def training_operations(scale:Scale, row:Row) -> float:

@@ -31,9 +31,13 @@ def best_variance(
     mse:Tensor,      # mean of (x0 - x0_hat)^2: (T,) or (T,C,H,W); or (B,C,H,W), with t
     t:Tensor|None=None, # 0-based steps, int64 (B,); None: row k of `mse` is step k
 ) -> Tensor: # float64, shaped as mse
-    "beta_tilde + w0^2 mse: the variance that makes the bound smallest for the mean that the network has (at t = 0 at least a tenth of a pixel level)."
-    if t is None and len(mse) != len(s): raise ValueError(f"a table of errors needs a row for each of the {len(s)} steps, got {len(mse)}: see `carried`")
-    if not (mse >= 0).all(): raise ValueError(f"a mean squared error is a number of at least 0, got {mse.min():.3g}")
+    """beta_tilde + w0^2 mse: the variance that makes the bound smallest for the mean that the
+    network has (at t = 0 at least a tenth of a pixel level)."""
+    if t is None and len(mse) != len(s):
+        raise ValueError(f"a table of errors needs a row for each of the {len(s)} steps, got "
+                         f"{len(mse)}: see `carried`")
+    if not (mse >= 0).all():
+        raise ValueError(f"a mean squared error is a number of at least 0, got {mse.min():.3g}")
     mse, t = mse.double(), torch.arange(len(s), device=mse.device) if t is None else t
     w0 = s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar)
     floor = torch.cat([s.beta.new_tensor([(0.1 * 2 / 255)**2]), s.beta_tilde[1:]])
@@ -55,7 +59,7 @@ def squares(net, s, x0, t, clip_x0, generator, cond):
 
 @torch.no_grad()
 def x0_error(
-    net,                 # (x, t_model, **cond) -> out; an nn.Module is in eval mode for the duration
+    net,                 # (x, t_model, **cond) -> out; a module is put into eval mode
     s:Schedule,          # the schedule, possibly respaced: these steps are measured
     x0:Tensor,           # images, (B,C,H,W)
     clip_x0:bool=True,   # as the chain will do it
@@ -63,12 +67,17 @@ def x0_error(
     generator=None, cond=None, chunk:int=256, progress:bool=False,
 ) -> Errors:
     "Mean squared error of x0_hat at every step: all that the best variance asks of a network."
-    if len(x0) < 2: raise ValueError(f"an average with a standard error needs at least 2 images, got {len(x0)}")
+    if len(x0) < 2:
+        raise ValueError(f"an average with a standard error needs at least 2 images, got {len(x0)}")
     s, rows = s.to(x0.device), []
     with evaluating(net), progress_bar(len(s), "step", progress) as bar:
         for t in range(len(s)):
-            parts = [squares(net, s, x0[i], torch.full((len(i),), t, device=x0.device), clip_x0, generator, {k: v[i.to(v.device)].to(x0.device) for k, v in (cond or {}).items()}) for i in torch.arange(len(x0)).split(chunk)]
-            e, norm = (torch.cat(v) for v in zip(*parts)); bar.update()
+            parts = [squares(net, s, x0[i],
+                             torch.full((len(i),), t, device=x0.device), clip_x0, generator,
+                             {k: v[i.to(v.device)].to(x0.device) for k, v in (cond or {}).items()})
+                     for i in torch.arange(len(x0)).split(chunk)]
+            e, norm = (torch.cat(v) for v in zip(*parts))
+            bar.update()
             e = e if per_pixel else e.flatten(1).mean(1)
             rows.append((e.mean(0), e.std(0) / len(e)**0.5, norm.mean()))
     return Errors(*(torch.stack(v).cpu() for v in zip(*rows)))
@@ -78,10 +87,16 @@ def carried(
     a:Schedule, # where it was measured
     b:Schedule, # where it is wanted
 ) -> Tensor: # float64 (len(b),...)
-    "The error at the noise levels of another schedule: it depends on alpha_bar alone. Straight lines in log mse over the log signal-to-noise ratio."
-    if len(mse) != len(a): raise ValueError(f"a table of errors needs a row for each of the {len(a)} steps, got {len(mse)}")
+    """The error at the noise levels of another schedule: it depends on alpha_bar alone. Straight
+    lines in log mse over the log signal-to-noise ratio."""
+    if len(mse) != len(a):
+        raise ValueError(f"a table of errors needs a row for each of the {len(a)} steps, got "
+                         f"{len(mse)}")
     x, y = (s.alpha_bar.logit().flip(0).to(mse.device) for s in (a, b))
-    if y[0] < x[0] - 1e-6 or y[-1] > x[-1] + 1e-6: raise ValueError(f"the error is known for alpha_bar from {a.alpha_bar[-1]:.3g} to {a.alpha_bar[0]:.6g}, but wanted from {b.alpha_bar[-1]:.3g} to {b.alpha_bar[0]:.6g}: measure it at both ends")
+    if y[0] < x[0] - 1e-6 or y[-1] > x[-1] + 1e-6:
+        raise ValueError(f"the error is known for alpha_bar from {a.alpha_bar[-1]:.3g} to "
+                         f"{a.alpha_bar[0]:.6g}, but wanted from {b.alpha_bar[-1]:.3g} to "
+                         f"{b.alpha_bar[0]:.6g}: measure it at both ends")
     i = torch.searchsorted(x, y).clamp(1, len(x) - 1)
     w = ((y - x[i - 1]) / (x[i] - x[i - 1])).clamp(0, 1).reshape(-1, *[1] * (mse.ndim - 1))
     log = mse.double().clamp(min=1e-300).log().flip(0)
@@ -92,7 +107,8 @@ def error_from_norm(
     s:Schedule,  # the schedule
     norm:Tensor, # mean of eps_hat^2, (T,)
 ) -> Tensor: # float64 (T,): mean of (x0 - x0_hat)^2, if the network is exact
-    "Analytic-DPM's estimate, which needs no data: right if eps_hat is exactly E[eps | x_t] and x0_hat is not clipped, else possibly even negative."
+    """Analytic-DPM's estimate, which needs no data: right if eps_hat is exactly E[eps | x_t] and
+    x0_hat is not clipped, else possibly even negative."""
     if len(norm) != len(s): raise ValueError(f"{len(s)} steps but {len(norm)} norms")
     return (1 - s.alpha_bar) / s.alpha_bar * (1 - norm.double())
 
@@ -108,19 +124,27 @@ def u_from_variance(
 
 class WithVariance(nn.Module):
     "A network with its own mean and a given variance, for one schedule: respace first, then wrap."
-    def __init__(self, net, s:Schedule, var:Tensor): # var: (T,) for each t, or (T,C,H,W) for each t and pixel
+    # var: (T,) for each t, or (T,C,H,W) for each t and pixel
+    def __init__(self, net, s:Schedule, var:Tensor):
         super().__init__()
-        if len(var) != len(s): raise ValueError(f"{len(s)} steps but {len(var)} variances: wrap the network for the schedule that is used")
-        if not (var > 0).all() or not var.isfinite().all(): raise ValueError("variances must be positive and finite")
+        if len(var) != len(s):
+            raise ValueError(f"{len(s)} steps but {len(var)} variances: wrap the network for the "
+                             "schedule that is used")
+        if not (var > 0).all() or not var.isfinite().all():
+            raise ValueError("variances must be positive and finite")
         self.net, self.t_model = net, s.t_model
-        u = u_from_variance(s, var.double().to(s.beta.device), torch.arange(len(s), device=s.beta.device))
-        self.u = u if u.ndim > 1 else u.reshape(-1, 1, 1, 1)         # tables stay with the schedule, as everywhere
+        u = u_from_variance(s, var.double().to(s.beta.device),
+                            torch.arange(len(s), device=s.beta.device))
+        # tables stay with the schedule, as everywhere
+        self.u = u if u.ndim > 1 else u.reshape(-1, 1, 1, 1)
 
     def forward(self, x:Tensor, t_model:Tensor, **cond) -> Tensor: # (B,2C,H,W)
         eps = self.net(x, t_model, **cond)[:, :x.shape[1]]
         off = (self.t_model - t_model.to(self.t_model)[:, None]).abs()
-        if off.device.type == "cpu" and off.amin(1).max() > 1e-3: raise ValueError("shown a t that is none of this schedule's: wrap the network for the schedule that is used")
-        eps = eps.to(torch.promote_types(eps.dtype, x.dtype))        # u must not be rounded to bfloat16
+        if off.device.type == "cpu" and off.amin(1).max() > 1e-3:
+            raise ValueError("shown a t that is none of this schedule's: wrap the network for the "
+                             "schedule that is used")
+        eps = eps.to(torch.promote_types(eps.dtype, x.dtype))  # u must not be rounded to bfloat16
         return torch.cat([eps, self.u[off.argmin(1)].to(eps).expand_as(eps)], 1)
 
 def with_best(
@@ -142,9 +166,11 @@ def perfect_out(
     t:Tensor,    # 0-based steps, int64 (B,)
     clip_x0:bool=True, # as the chain will do it
 ) -> Tensor: # (B,2C,H,W): its eps_hat, and the best u for it
-    "A network's own mean with the best variance for every pixel and x_t: beta_tilde + w0^2 (Var[x0 | x_t] + (E[x0 | x_t] - x0_hat)^2)."
+    """A network's own mean with the best variance for every pixel and x_t: beta_tilde + w0^2
+    (Var[x0 | x_t] + (E[x0 | x_t] - x0_hat)^2)."""
     eps, x = split_out(out, xt)[0].double(), xt.double()
     w, d = data_weights(s, data, x, t), data.flatten(1).double()
     mean, x0_hat = w @ d, p_gaussian(s, eps, x, t, clip_x0, "beta").x0_hat.flatten(1)
     mse = (w @ d**2 - mean**2).clamp(min=0) + (mean - x0_hat)**2
-    return torch.cat([eps, u_from_variance(s, best_variance(s, mse.reshape(x.shape), t), t)], 1).to(xt)
+    return torch.cat([eps, u_from_variance(s, best_variance(s, mse.reshape(x.shape), t), t)],
+                     1).to(xt)

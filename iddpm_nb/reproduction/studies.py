@@ -53,12 +53,16 @@ def bits(
     s:Schedule|None=None, # another chain than the model's
     n:int|None=None,      # of so many images; None: `task.images`
 ) -> dict: # mean, the figure of each image, and the mean terms beside their mean t
-    "The bound on held-out images. The seed is always 0: two models are asked at the same t with the same noise."
+    """The bound on held-out images. The seed is always 0: two models are asked at the same t with
+    the same noise."""
     model, s = task.model, s or task.model.schedule
     x0 = to_float(task.held.images[:n or task.images]).to(s.beta.device)
-    b = bits_per_dim(model.net, s, x0, variance=model.config["variance"], num_t=task.num_t, generator=torch.Generator(x0.device).manual_seed(0))
+    b = bits_per_dim(model.net, s, x0, variance=model.config["variance"], num_t=task.num_t,
+                     generator=torch.Generator(x0.device).manual_seed(0))
     short = lambda v: [float(f"{x:.6g}") for x in v.tolist()]
-    return {"bits_per_dim": b.total.mean().item(), "each": short(b.total), "t": short(b.t.double().mean(0)), "terms": short(b.terms.mean(0)), "num_t": b.t.shape[1], "prior": b.prior.mean().item()}
+    return {"bits_per_dim": b.total.mean().item(), "each": short(b.total),
+            "t": short(b.t.double().mean(0)), "terms": short(b.terms.mean(0)),
+            "num_t": b.t.shape[1], "prior": b.prior.mean().item()}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #e89d3811
 def distance(
@@ -68,10 +72,12 @@ def distance(
 ) -> float:
     "The Frechet distance of samples to the training images, in the task's features."
     model = task.model
-    s, generator = s or spaced(model.schedule, task.steps), torch.Generator(model.schedule.beta.device).manual_seed(task.seed)
+    s = s or spaced(model.schedule, task.steps)
+    generator = torch.Generator(model.schedule.beta.device).manual_seed(task.seed)
     net = InPrecision(model.net, task.precision).eval()
-    x = sample(net, s, (task.samples, *model.config["shape"]), None, method, generator=generator, progress=False, variance=variance or model.config["variance"])
-    if not x.isfinite().all(): return math.nan             # of a model that diverged: the other studies go on
+    x = sample(net, s, (task.samples, *model.config["shape"]), None, method, generator=generator,
+               progress=False, variance=variance or model.config["variance"])
+    if not x.isfinite().all(): return math.nan  # of a model that diverged: the other studies go on
     return frechet(statistics(extract(task.features, Images(to_uint8(x.cpu())))[0]), task.ref.stats)
 
 # %% ../../nbs/reproduction/01_studies.ipynb #a1bf8026
@@ -80,12 +86,15 @@ def variances(task:Task) -> tuple: # that a model can be sampled with
 
 def samples(task:Task) -> dict:
     "The quality of samples, as one gets them without asking."
-    return {"distance": distance(task), "steps": min(task.steps, len(task.model.schedule)), "n": task.samples, "variance": task.model.config["variance"]}
+    return {"distance": distance(task), "steps": min(task.steps, len(task.model.schedule)),
+            "n": task.samples, "variance": task.model.config["variance"]}
 
 def few_steps(task:Task, Ks=(10, 25, 50, 100)) -> dict: # {variance or method: {K: distance}}
-    "The quality of samples over the number of steps: the learned variance (if there is one), both fixed ones, and DDIM."
+    """The quality of samples over the number of steps: the learned variance (if there is one), both
+    fixed ones, and DDIM."""
     ways = {**{v: {"variance": v} for v in variances(task)}, "ddim": {"method": "ddim"}}
-    return {name: {K: distance(task, spaced(task.model.schedule, K), **how) for K in Ks} for name, how in ways.items()}
+    return {name: {K: distance(task, spaced(task.model.schedule, K), **how) for K in Ks}
+            for name, how in ways.items()}
 
 def full_length(task:Task) -> dict: # {variance: distance}
     "The quality of samples with every step of the chain."
@@ -93,7 +102,8 @@ def full_length(task:Task) -> dict: # {variance: distance}
 
 def respaced_bits(task:Task, Ks=(25, 50, 100, 250)) -> dict: # {K: `bits`}
     "The bound of shorter chains, on a quarter of the images."
-    return {K: bits(task, spaced(task.model.schedule, K), task.images // 4) for K in Ks if K < len(task.model.schedule)}
+    return {K: bits(task, spaced(task.model.schedule, K), task.images // 4)
+            for K in Ks if K < len(task.model.schedule)}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #51f1546e
 def shortened(
@@ -101,9 +111,12 @@ def shortened(
     K:int,       # steps of the whole chain
     skip:float,  # share of the process left out at the noisy end, in [0,1)
 ) -> Schedule: # fewer than K steps
-    "Evenly spaced steps, without those of the last `skip` of the process: sampling starts from pure noise all the same."
-    if not 0 <= skip < 1: raise ValueError(f"the share left out must be at least 0 and below 1, got {skip}")
-    return respace(s, [t for t in space_timesteps(len(s), str(min(K, len(s)))) if t < (1 - skip) * len(s)])
+    """Evenly spaced steps, without those of the last `skip` of the process: sampling starts from
+    pure noise all the same."""
+    if not 0 <= skip < 1:
+        raise ValueError(f"the share left out must be at least 0 and below 1, got {skip}")
+    return respace(s, [t for t in space_timesteps(len(s), str(min(K, len(s))))
+                       if t < (1 - skip) * len(s)])
 
 def skipped(task:Task, shares=(0.0, 0.2, 0.4)) -> dict: # {share: distance}
     "What it costs to leave out the start of the reverse process."
@@ -118,7 +131,8 @@ def losses_of(
 ) -> Tensor: # (B,)
     "A training loss at given steps, on random images."
     net, s = task.model.net, task.model.schedule
-    pick = torch.randint(len(task.held), (len(t),), generator=generator, device=generator.device).cpu()
+    pick = torch.randint(len(task.held), (len(t),), generator=generator,
+                         device=generator.device).cpu()
     x0 = to_float(task.held.images[pick]).to(t.device)
     eps = torch.randn(x0.shape, generator=generator, device=generator.device)
     xt = q_sample(s, x0, t, eps)
@@ -131,16 +145,20 @@ def warm(
     "An importance sampler that has seen ten losses of every t."
     sampler = LossSecondMomentSampler(len(task.model.schedule))
     for t in torch.arange(sampler.T).repeat(sampler.size).to(generator.device).split(chunk):
-        with torch.no_grad(): sampler.update(t, losses_of(task, loss, t, generator))
+        with torch.no_grad():
+            sampler.update(t, losses_of(task, loss, t, generator))
     return sampler
 
 def squared_lengths(
     task:Task, loss:str, generator, # as for `losses_of`
-) -> tuple[Tensor, Tensor, Tensor]: # t (n,K); |gradient|^2 of one image at each, float64 (n,K); steps that a column stands for, (K,)
+) -> tuple[Tensor, Tensor, Tensor]: # t (n,K); |g|^2, float64 (n,K); steps a column stands for, (K,)
     "Draws of what G_t is the mean of, at t as in `likelihood.choose_t`."
     t, weights = choose_t(len(task.model.schedule), task.num_t, task.draws, generator)
     weights_of = list(task.model.net.parameters())
-    def one(t): return sum(g.double().square().sum() for g in torch.autograd.grad(losses_of(task, loss, t, generator).sum(), weights_of))
+    def one(t):
+        return sum(g.double().square().sum()
+                   for g in torch.autograd.grad(losses_of(task, loss, t, generator).sum(),
+                                                weights_of))
     lengths = torch.stack([one(k.reshape(1).to(generator.device)) for k in t.flatten()])
     return t, lengths.reshape(t.shape).cpu(), weights
 
@@ -151,14 +169,18 @@ def second_moments(
 ) -> dict: # E|g|^2 of one image's weighted gradient, for three ways to draw t
     "What a gradient's noise is made of: t uniform, by p, and by the best p there is."
     T, mean = len(p), lambda v: ((v * weights).sum(1).mean() / len(p)).item()
-    return {"uniform": mean(G), "importance": mean(G / (T * p.cpu()[t])), "best": (((G.mean(0).sqrt() * weights).sum() / T)**2).item()}
+    return {"uniform": mean(G), "importance": mean(G / (T * p.cpu()[t])),
+            "best": (((G.mean(0).sqrt() * weights).sum() / T)**2).item()}
 
 def gradients(task:Task) -> dict: # {loss: `second_moments`, and G over t}
     "The noise of the gradients of L_vlb and L_hybrid, and what drawing t by importance does to it."
     found, generator = {}, torch.Generator(task.model.schedule.beta.device).manual_seed(task.seed)
-    task = replace(task, model=replace(task.model, net=copy.deepcopy(task.model.net).eval().requires_grad_()))
+    task = replace(task, model=replace(task.model,
+                                       net=copy.deepcopy(task.model.net).eval().requires_grad_()))
     for loss in ("vlb", "hybrid"):
         p = warm(task, loss, generator).probs()
         t, G, weights = squared_lengths(task, loss, generator)
-        found[loss] = second_moments(t, G, weights, p) | {"t": t.double().mean(0).tolist(), "G": G.mean(0).tolist(), "p": p.cpu()[t].mean(0).tolist()}
+        found[loss] = second_moments(t, G, weights, p) | {"t": t.double().mean(0).tolist(),
+                                                          "G": G.mean(0).tolist(),
+                                                          "p": p.cpu()[t].mean(0).tolist()}
     return found

@@ -37,8 +37,10 @@ from .lines import SCALES, Row, Scale, gpu_hours, row_config
 # %% ../../nbs/reproduction/04_tables.ipynb #bbbb0b59
 def read_result(folder:Path) -> dict: # {} if there is none that can be read: then it is made again
     "What a training wrote at its end."
-    try: found = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError, RecursionError): return {}
+    try:
+        found = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
     return found if isinstance(found, dict) else {}
 
 def trained(
@@ -81,7 +83,8 @@ def made_with(scale:Scale, c:Config) -> dict: # all that figures of one record h
 def read_record(path:Path) -> dict: # {} if there is none yet
     if not path.exists(): return {}
     name, mend = shown(path.resolve()), "move it away, and its studies are done again"
-    try: record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{name} is not readable ({e}): {mend}") from e
     require(isinstance(record, dict), f"{name} holds no record: {mend}")
@@ -92,8 +95,10 @@ def read_record(path:Path) -> dict: # {} if there is none yet
 
 def check_record(record:dict, how:dict, path:Path): # how: of `made_with`
     "Refuse figures that were made in another way."
-    try: known = lasting(Config.from_dict(record["options"]))     # new options: as they were then
-    except ValueError as e: raise ValueError(f"{shown(path.resolve())}: {e}") from e
+    try:
+        known = lasting(Config.from_dict(record["options"]))  # new options: as they were then
+    except ValueError as e:
+        raise ValueError(f"{shown(path.resolve())}: {e}") from e
     other = [k for k in how if (known if k == "options" else record.get(k)) != how[k]]
     require(not other, f"{shown(path.resolve())} was made with other {' and '.join(other)}: choose "
             "another --out, and another --runs")

@@ -271,7 +271,7 @@ def judge(
     result = {"samples": judge_samples(model, x, real, shown, cond), "held_out": None}
     if held is None: return result
     result["held_out"] = judge_held_out(model, held, real, progress)
-    if d.name == "digits/train": judge_digits(result, x, real, d, held, cond)     # no folder's name
+    if d.name == "digits/train": judge_digits(result, x, real, d, held, cond)  # no folder's name
     return result
 
 # %% ../../nbs/running/01_model.ipynb #31203161
@@ -297,8 +297,10 @@ def commit() -> str | None: # None outside of a checkout, and where git does not
 
 def processor() -> str:
     "The name of the CPU, as far as the system tells."
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except (OSError, ValueError): lines = []
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except (OSError, ValueError):
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.processor() or "CPU"])[0]
 

@@ -83,7 +83,8 @@ def read_config(
 ) -> dict:
     "All that config.json says: the configuration, and what the run notes about itself (`NOTES`)."
     path = Path(folder).resolve() / "config.json"
-    try: text = path.read_bytes()
+    try:
+        text = path.read_bytes()
     except FileNotFoundError as e:
         where = shown(path.parent)
         raise FileNotFoundError(f"{where} holds no run: there is no config.json") from e
@@ -180,7 +181,8 @@ def check_never_saved(
 
 def latest_says(saves:Path) -> dict: # what the latest checkpoint that can be read carries, or {}
     for path in reversed(checkpoints(saves)):
-        with suppress(ValueError, OSError): return read_header(path / "model.safetensors")[1]
+        with suppress(ValueError, OSError):
+            return read_header(path / "model.safetensors")[1]
     return {}
 
 BEFORE = ("up to step {} this run was made before images were known by their content: its own "

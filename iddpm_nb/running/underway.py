@@ -56,7 +56,8 @@ def held_out_loss(
         x, e, now = x0[i].to(device), eps[i].to(device), t[i].to(device)
         told = {k: v[i.to(v.device)].to(device) for k, v in cond.items()}
         xt = q_sample(s, x, now, e)
-        with autocast(device, c.train.precision): out = model.net(xt, model_time(s, now), **told)
+        with autocast(device, c.train.precision):
+            out = model.net(xt, model_time(s, now), **told)
         losses.append(objective(d.loss, s, out.float(), x, xt, now, e, d.lam))
     return torch.cat(losses).mean().item()
 
@@ -73,9 +74,11 @@ def between_steps(
     mine = threading.current_thread() is threading.main_thread()   # signals belong to it
     heard = [n for n in stopping() if mine and signal.getsignal(n) != signal.SIG_IGN]
     before = {n: signal.signal(n, on) for n in heard}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../../nbs/running/02_underway.ipynb #cbc6ca70
 @dataclass(eq=False)
@@ -91,7 +94,7 @@ class Work:
     writer: object = None    # see `log.board`
 
     @property
-    def writes(self): return self.run.team.rank == 0   # one process of a team does
+    def writes(self): return self.run.team.rank == 0  # one process of a team does
     @property
     def saves(self): return self.folder / "checkpoints"
 
@@ -115,7 +118,8 @@ def unless_it_fails(
     do,        # measures or draws: a function of no arguments
 ): # what it returns, or None
     "What only shows or measures does not end a run: what goes wrong there is said."
-    try: return do()
+    try:
+        return do()
     except Exception as e:
         lost = isinstance(e, RuntimeError) and not no_memory(e)   # the other processes, perhaps
         if w.run.team.size > 1 and lost: raise

@@ -79,7 +79,8 @@ def build(
     "The network, untrained, and the schedule that a configuration describes."
     check_described(config)
     if check:
-        with torch.device("meta"): check(network(config))
+        with torch.device("meta"):
+            check(network(config))
     return network(config), make_schedule(**config["schedule"])
 
 def check_weights(
@@ -124,7 +125,8 @@ def read_state(
 ) -> dict:
     "A training state from disk. `weights_only` reads tensors, numbers, lists; it runs nothing."
     try:
-        with zipfile.ZipFile(path) as z: unpacked = sum(i.file_size for i in z.infolist())
+        with zipfile.ZipFile(path) as z:
+            unpacked = sum(i.file_size for i in z.infolist())
         require(unpacked <= Path(path).stat().st_size, "what is in it is packed")   # into any size
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:     # whatever a reader of strange bytes can come upon
@@ -165,7 +167,7 @@ def check_moments(
         a[k] == b[k] for a, b in zip(mine, its) for k in a.keys() & b.keys() - MAY_DIFFER)
     require(same, "the checkpoint's optimizer has other settings than this training's")
     adam = isinstance(opt, (torch.optim.Adam, torch.optim.AdamW))
-    if not adam and not any(group.get("fused") for group in mine): return    # it looks for itself
+    if not adam and not any(group.get("fused") for group in mine): return  # it looks for itself
     params = dict(enumerate(p for group in opt.param_groups for p in group["params"]))
     needs = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     for i, moments in saved["state"].items():
@@ -201,16 +203,17 @@ def restore_random(run, rng, device): # as far as another device or number of pr
     mine, rank, seed = run.generator.device, run.team.rank, run.generator.initial_seed()
     def own(kind): return len(rng.get(kind, ())) == run.team.size
     if own("torch"): torch.set_rng_state(random_like(torch.get_rng_state(), rng["torch"][rank]))
-    else: torch.manual_seed(seed + 1 + 1000 * rank + run.step)     # other dropout in each process
+    else: torch.manual_seed(seed + 1 + 1000 * rank + run.step)  # other dropout in each process
     if mine.type == "cuda" and own("cuda"):
         here = torch.cuda.get_rng_state(mine)
         torch.cuda.set_rng_state(random_like(here, rng["cuda"][rank]), mine)
-    if mine.type != device: run.generator.manual_seed(seed + run.step)     # it draws other numbers
+    if mine.type != device: run.generator.manual_seed(seed + run.step)
     else: run.generator.set_state(random_like(run.generator.get_state(), rng["run"]))
 
 def load_moments(opt, saved): # and the last learning rate; the other settings stay
     groups = opt.state_dict()["param_groups"]
-    for mine, its in zip(groups, saved["param_groups"]): mine["lr"] = float(its["lr"])
+    for mine, its in zip(groups, saved["param_groups"]):
+        mine["lr"] = float(its["lr"])
     opt.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 def put_back(run, state, new_data): # as `restore_state`, but it may stop half-way
@@ -218,7 +221,8 @@ def put_back(run, state, new_data): # as `restore_state`, but it may stop half-w
     run.batches.load_state_dict(state["batches"], new_data)
     run.step, run.seconds = state["step"], state["seconds"]
     load_moments(run.opt, state["opt"])
-    for e in run.emas: e.step = state["emas"][e.name]
+    for e in run.emas:
+        e.step = state["emas"][e.name]
     same_layout(run)
     restore_random(run, state["rng"], state["device"])
 
@@ -264,8 +268,10 @@ def best(
     "Which checkpoint is the best so far."
     path = Path(folder) / "best.json"
     if not path.exists(): return {}
-    try: found = checked(parsed(path.read_bytes(), path), Best) if path.is_file() else None
-    except (ValueError, OSError): found = None
+    try:
+        found = checked(parsed(path.read_bytes(), path), Best) if path.is_file() else None
+    except (ValueError, OSError):
+        found = None
     if found is None or not math.isfinite(found.score):
         warnings.warn(f"{shown(path)} cannot be understood: which checkpoint was the best is not "
                       "known", stacklevel=2)
@@ -282,12 +288,15 @@ def prune(folder, final, keep): # delete all but the best and the last `keep`, o
     others, named = [p for p in checkpoints(folder) if p != final], best(folder).get("step")
     for old in others[:max(0, len(others) - keep + 1)]:
         if int(old.stem) == named: continue
-        try: discard(old)
-        except OSError as e: warnings.warn(f"{shown(old)} could not be deleted: {e}", stacklevel=3)
+        try:
+            discard(old)
+        except OSError as e:
+            warnings.warn(f"{shown(old)} could not be deleted: {e}", stacklevel=3)
 
 def write_files(folder, run, config, state): # the files of one checkpoint, their checksums last
     save_model(folder / "model.safetensors", run.net, config)
-    for e in run.emas: save_model(folder / ema_file(e.name), e.net, config)
+    for e in run.emas:
+        save_model(folder / ema_file(e.name), e.net, config)
     torch.save(state, data := io.BytesIO())
     write(folder / "state.pt", data.getvalue())
     sums = {p.name: checksum(p) for p in sorted(folder.iterdir())}
@@ -307,7 +316,8 @@ def put_in_place(aside, final): # what was written aside; one that was there cou
         os.replace(final, before)
     os.replace(aside, final)
     sync(final.parent)
-    with suppress(OSError): discard(before)
+    with suppress(OSError):
+        discard(before)
 
 # %% ../../nbs/training/03_checkpoint.ipynb #13abfaaf
 def save_checkpoint(
@@ -321,10 +331,12 @@ def save_checkpoint(
     final, state = Path(folder) / f"{run.step:07d}", training_state(run)
     if run.team.rank: return final
     for left in final.parent.glob(".*.part"):            # of a run that died while saving
-        with suppress(OSError): discard(left)
+        with suppress(OSError):
+            discard(left)
     aside = final.with_name(f".{final.name}.part")
     aside.mkdir(parents=True)
-    try: write_files(aside, run, config, state)
+    try:
+        write_files(aside, run, config, state)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -349,8 +361,10 @@ def mark_best(
 # %% ../../nbs/training/03_checkpoint.ipynb #64c27c37
 def is_step(path) -> bool: # does a checkpoint's state say the step that its folder is named by?
     if not STEP.fullmatch(path.name): return True
-    try: state = torch.load(path / "state.pt", "cpu", weights_only=True, mmap=True)
-    except Exception: return True       # a strange state is refused when it is read
+    try:
+        state = torch.load(path / "state.pt", "cpu", weights_only=True, mmap=True)
+    except Exception:
+        return True  # a strange state is refused when it is read
     return not isinstance(state, dict) or state.get("step") == int(path.stem)
 
 def whole(
@@ -363,7 +377,8 @@ def whole(
         sums = checked(parsed(file.read_bytes(), file), dict[str, str], file)
         kept = all((path / k).is_file() and checksum(path / k) == v for k, v in sums.items())
         return {"model.safetensors", "state.pt"} <= sums.keys() and kept and is_step(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError): return False
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return False
     except OSError as e:
         raise type(e)(f"{shown(e.filename or path)} cannot be read ({e.strerror}), and nothing was "
                       f"changed: make it readable, or {AWAY}") from e
@@ -375,10 +390,12 @@ def restore(path, run, new_data=False): # put a training where a checkpoint has 
     check_state(run, state, path / "state.pt")
     lacks = ", ".join(p.name for p in files if not p.is_file())
     require(not lacks, f"{shown(path)} lacks {lacks}: {AWAY}", FileNotFoundError)
-    for p, net in files.items(): check_weights(net, read_header(p)[0], p)
+    for p, net in files.items():
+        check_weights(net, read_header(p)[0], p)
     weights = {p: read_model(p)[0] for p in files}
     restore_state(run, state, new_data, path / "state.pt")
-    for p, net in files.items(): net.load_state_dict(weights[p])
+    for p, net in files.items():
+        net.load_state_dict(weights[p])
 
 def resume(
     folder:Path,  # the run's checkpoints
@@ -396,4 +413,4 @@ def resume(
             return path
         warnings.warn(f"{shown(path)} is damaged, or not of the step in its name: going back to "
                       "the one before", stacklevel=2)
-        if run.team.rank == 0: passed.append(path)      # one process moves it away
+        if run.team.rank == 0: passed.append(path)  # one process moves it away

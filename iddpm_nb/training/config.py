@@ -147,7 +147,8 @@ def check_config(
     c:Config, # what was asked for
 ):
     "One sentence for every entry that makes no sense, alone or beside the others."
-    for part in FOUR: checked(dataclasses.asdict(getattr(c, part)), FOUR[part])
+    for part in FOUR:
+        checked(dataclasses.asdict(getattr(c, part)), FOUR[part])
     d, t, loss, variance = c.data, c.train, c.diffusion.loss, c.diffusion.variance
     require(t.ema != () or t.ema_plain,
             "ema and ema_plain name no rate: at least one average of the weights is needed")
@@ -191,7 +192,8 @@ def halved(
                          f"--image-size {size + 1} scales those of a folder; "
                          "--mult 1 is a network without halving")
     sizes = [size, size // 2]
-    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= least: sizes.append(sizes[-1] // 2)
+    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= least:
+        sizes.append(sizes[-1] // 2)
     return sizes
 
 def multiples(
@@ -279,7 +281,8 @@ def conditions(
     c:Config,    # what was asked for
     d:Images,    # the images it meets
 ) -> dict: # further arguments of the network, if it is shown labels or small images
-    "What a network is told beside the noisy image and t: see chapters conditioning/01 and conditioning/02."
+    """What a network is told beside the noisy image and t: see chapters conditioning/01 and
+    conditioning/02."""
     more, n, (C, size) = {}, c.data.upsample_from, d.images.shape[1:3]
     if c.data.class_cond:
         require(d.labels is not None,
@@ -346,7 +349,7 @@ def check_same(
                          "or start a new run")
 
 # %% ../../nbs/training/05_config.ipynb #d61df6cc
-def names_of(about): return ", ".join(map(shown, about["classes"]))   # of the classes
+def names_of(about): return ", ".join(map(shown, about["classes"]))  # of the classes
 
 def check_classes(
     had:dict, # what the checkpoint carries; {} if there is none

@@ -98,7 +98,8 @@ def fault(
     if " field " in said:
         what = "no" if "missing" in said else "an entry that is not known here:"
         return f"{name} has {what} {shown(said.split('`')[1])}"
-    for step in re.findall(r"\w+", place): value = value[int(step) if step.isdigit() else step]
+    for step in re.findall(r"\w+", place):
+        value = value[int(step) if step.isdigit() else step]
     found = shown(reprlib.repr(value))
     if "enum" in said: return f"{name} is {found}, which is none of its choices"
     return f"{name} is {found}, but must be {rule(said)}"
@@ -109,8 +110,10 @@ def checked(
     source="", # where it comes from, for the sentence
 ): # the value, as that type
     "A value whose types and ranges are right, or one sentence about the first entry that is not."
-    try: return msgspec.convert(value, kind)
-    except msgspec.ValidationError as e: why = fault(e, value)
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        why = fault(e, value)
     raise ValueError(f"{shown(source)}: {why}" if source else why)
 
 # %% ../../nbs/training/02_described.ipynb #4adc80c8
@@ -138,10 +141,13 @@ def check_described(
     "Refuse a configuration that no network should be built from."
     what = "this configuration does not describe a model"
     d = checked(config, Described, what)
-    for name in needed: require(getattr(d, name) is not UNSET, f"{what}: it has no {name}")
+    for name in needed:
+        require(getattr(d, name) is not UNSET, f"{what}: it has no {name}")
     if d.network is UNSET: return
-    try: agree(d)
-    except ValueError as e: raise ValueError(f"{what}: {e}") from e
+    try:
+        agree(d)
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}") from e
 
 # %% ../../nbs/training/02_described.ipynb #f96125f1
 def once(pairs): # the entries of a JSON object
@@ -154,9 +160,12 @@ def parsed(
     source, # where it comes from, for the sentence
 ) -> dict:
     "The JSON object in a text, or one sentence."
-    try: found = json.loads(text, object_pairs_hook=once)
-    except RecursionError: why = "it is nested too deep"
-    except ValueError as e: why = str(e)
+    try:
+        found = json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        why = "it is nested too deep"
+    except ValueError as e:
+        why = str(e)
     else:
         if isinstance(found, dict): return found
         why = "it is no table of names"
@@ -168,7 +177,8 @@ def told_by(
 ) -> str | None: # JSON
     "The configuration that a file of ours carries; None: it is not ours."
     try:
-        with safetensors.safe_open(path, "pt") as f: return (f.metadata() or {}).get("iddpm_nb")
+        with safetensors.safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("iddpm_nb")
     except (safetensors.SafetensorError, OSError):
         return None
 

@@ -100,17 +100,19 @@ def join(
         yield Alone()
         return
     meet(device := seat(device), minutes)
-    try: yield Team(device)
+    try:
+        yield Team(device)
     except KeyboardInterrupt:                # all stop together
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if "gloo" not in str(error): raise   # whoever fails dies at once; torchrun ends the others
+        if "gloo" not in str(error): raise  # whoever fails dies at once; torchrun ends the others
         raise OSError(
             f"process {dist.get_rank()} has lost the others: one of them has ended, or was silent "
             f"for {minutes:g} minutes; what it said before tells why. "
             "Continue from the last checkpoint with --resume") from error
-    else: dist.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 # %% ../../nbs/training/04_distributed.ipynb #80fb6580
 def fingerprint(
@@ -163,8 +165,10 @@ def all_or_none(
     "Do it in every process: if one cannot, none goes on, and all say why."
     if team.size == 1: return do()
     result = error = None
-    try: result = do()
-    except Exception as e: error = e
+    try:
+        result = do()
+    except Exception as e:
+        error = e
     said = everyone(team, {"failed": error is not None, "why": str(error)})
     if error is not None: raise error
     for rank, its in enumerate(said):
@@ -178,7 +182,8 @@ class Wrapped(nn.Module):
         super().__init__()
         self.net = net
     def __getattr__(self, name):
-        try: return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
         except AttributeError:
             if name == "net": raise
             return getattr(self.net, name)
@@ -198,7 +203,8 @@ class Spread(Wrapped):
         first = n * self.team.rank
         rows = (torch.arange(n, device=x.device) + first).clamp(max=len(x) - 1)   # equally many
         out = short = None
-        try: out = self.net(x[rows], t[rows], **{k: v[rows] for k, v in cond.items()})
+        try:
+            out = self.net(x[rows], t[rows], **{k: v[rows] for k, v in cond.items()})
         except Exception as e:
             if not no_memory(e): raise
             short = e

@@ -18,8 +18,10 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 from ..checks import shown
 
-try: import fcntl
-except ImportError: fcntl = None   # Windows, where a file that is open cannot be deleted anyway
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows, where a file that is open cannot be deleted anyway
 
 # %% ../../nbs/training/01_files.ipynb #50446a19
 def sync(
@@ -28,8 +30,10 @@ def sync(
     "Wait until the disk has the folder's names (POSIX; elsewhere a folder cannot be synced)."
     if os.name != "posix": return
     fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 def write(
     path:Path,  # where
@@ -41,17 +45,19 @@ def write(
     f = open(aside, "wb")
     try:
         if fcntl:
-            with suppress(OSError): fcntl.flock(f, fcntl.LOCK_EX)   # some disks have no locks
+            with suppress(OSError):
+                fcntl.flock(f, fcntl.LOCK_EX)  # some disks have no locks
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-        if not fcntl: f.close()                                     # Windows renames no open file
+        if not fcntl: f.close()  # Windows renames no open file
         os.replace(aside, path)
     except (Exception, KeyboardInterrupt):
         f.close()
         aside.unlink(missing_ok=True)
         raise
-    finally: f.close()
+    finally:
+        f.close()
     sync(path.parent)
 
 def checksum(
@@ -60,7 +66,8 @@ def checksum(
     "What tells whether a file is still the same. Read piece by piece, however long it is."
     h = hashlib.sha256()
     with open(path, "rb") as f:
-        while piece := f.read(1 << 20): h.update(piece)
+        while piece := f.read(1 << 20):
+            h.update(piece)
     return h.hexdigest()
 
 # %% ../../nbs/training/01_files.ipynb #726449b5
@@ -77,14 +84,15 @@ def sweep(
                 with open(left, "rb") as f:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)   # fails while somebody writes
                     left.unlink()
-            else: left.unlink()                                     # fails while it is open
+            else: left.unlink()  # fails while it is open
 
 # %% ../../nbs/training/01_files.ipynb #a9ddff95
 def check_writable(
     folder:Path, # in which a lock could not be had
 ):
     "Is somebody else there, or can no file be made in that folder?"
-    try: tempfile.TemporaryFile(dir=folder).close()
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         sentence = f"no file can be made in {shown(folder)}: choose another folder"
         raise PermissionError(sentence) from e
@@ -96,7 +104,8 @@ def acquired(
 ): # the lock, which is held now; or `Timeout`, if it is somebody else's
     "On a disk without locks a file stands for one, with the number of its holder."
     held = FileLock(path)
-    try: held.acquire(timeout=0)
+    try:
+        held.acquire(timeout=0)
     except OSError as e:
         if e.errno not in NO_LOCKS: raise
         held = SoftFileLock(f"{path}.soft")
@@ -110,12 +119,15 @@ def lock(
 ) -> Iterator[None]:
     "Nobody else may enter as long as this lasts. A killed process holds nothing."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try: held = acquired(path)
+    try:
+        held = acquired(path)
     except Timeout as e:
         check_writable(Path(path).parent)
         raise FileExistsError(busy) from e
-    try: yield
-    finally: held.release()
+    try:
+        yield
+    finally:
+        held.release()
 
 # %% ../../nbs/training/01_files.ipynb #4d8d0af3
 @contextmanager
@@ -129,7 +141,8 @@ def reserved(
         claim = path.with_name(f".{path.name[:40]}.{mark}.claim")
         wanted = [path, *(path.with_suffix(s) for s in suffixes)]
         taken = path
-        try: held = acquired(claim)
+        try:
+            held = acquired(claim)
         except Timeout:
             check_writable(path.parent)
             continue
@@ -140,7 +153,8 @@ def reserved(
                 return
             taken = there[0]
         finally:
-            with suppress(OSError): claim.unlink()
+            with suppress(OSError):
+                claim.unlink()
             held.release()
     raise FileExistsError(f"{shown(taken)} is taken, or another process is about to write it: "
                           "choose another name")

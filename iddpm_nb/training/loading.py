@@ -25,8 +25,10 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, images): self.images = images
     def __len__(self): return len(self.images)
     def __getitems__(self, i):
-        try: return self.images[torch.as_tensor(i)]
-        except ValueError as e: return str(e)
+        try:
+            return self.images[torch.as_tensor(i)]
+        except ValueError as e:
+            return str(e)
 
 def as_it_is(x): return x
 def stopping() -> list: # of signals that ask a run to stop; Windows has only the first two
@@ -35,12 +37,14 @@ def stopping() -> list: # of signals that ask a run to stop; Windows has only th
 
 def undisturbed(worker):
     "The main process alone decides what a signal means, and what is said."
-    for s in stopping(): signal.signal(s, signal.SIG_IGN)
+    for s in stopping():
+        signal.signal(s, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
 def fetched(ahead): # the next images that workers have made
-    try: return next(ahead)
+    try:
+        return next(ahead)
     except RuntimeError as e:
         if "worker" not in str(e): raise
         sentence = ("a process that reads images ahead has died, most likely because memory ran "
@@ -56,7 +60,8 @@ def let_go(
     left = [p for p in multiprocessing.active_children() if p.daemon]   # somebody else holds them
     with suppress(AttributeError, ValueError):                          # that they die is no news
         if left: signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in left: process.kill()
+    for process in left:
+        process.kill()
 
 # %% ../../nbs/training/07_loading.ipynb #b0a1de35
 class Prefetch(Batches):

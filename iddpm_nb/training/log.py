@@ -90,8 +90,10 @@ def only_shown(
     what:str, # what is not there if it fails, a sentence without its end
 ) -> Iterator[None]:
     "Where nothing is trained: what goes wrong there is a warning, and the training goes on."
-    try: yield
-    except Exception as e: warn_once(what, str(e) or type(e).__name__)
+    try:
+        yield
+    except Exception as e:
+        warn_once(what, str(e) or type(e).__name__)
 
 # %% ../../nbs/training/06_log.ipynb #8304289d
 class Row(Struct):
@@ -116,8 +118,10 @@ def append(
         f.write(line + b"\n")
 
 def row_of(line, path) -> dict | None: # a line of metrics.jsonl; None if it is none
-    try: checked(row := parsed(line, path), Row)
-    except ValueError: return None
+    try:
+        checked(row := parsed(line, path), Row)
+    except ValueError:
+        return None
     return row
 
 # %% ../../nbs/training/06_log.ipynb #8f6572af
@@ -147,8 +151,10 @@ def board(
 ):
     "TensorBoard's writer, or None if it is not installed, or does not work."
     with only_shown("TensorBoard gets no numbers"):
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
         return SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
 
 # %% ../../nbs/training/06_log.ipynb #3f43ce87
@@ -211,6 +217,8 @@ def curve(
         warnings.filterwarnings("ignore", "Glyph")                 # a letter that the font lacks
         name = shown(path.parent.name).replace("$", r"\$")         # or it would be a formula
         fig = curves(read_log(folder), f"{name}: means between entries of metrics.jsonl")
-        try: fig.savefig(data := io.BytesIO(), dpi=120)
-        finally: plt.close(fig)
+        try:
+            fig.savefig(data := io.BytesIO(), dpi=120)
+        finally:
+            plt.close(fig)
         write(path, data.getvalue())

@@ -26,8 +26,10 @@ def flops(
     from torch.utils.flop_counter import FlopCounterMode
     net, cond = copy.deepcopy(net).to("meta"), {k: v.to("meta") for k, v in cond.items()}
     x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    with FlopCounterMode(display=False) as forward: out = net.requires_grad_()(x, t, **cond)
-    with FlopCounterMode(display=False) as backward: out.sum().backward()
+    with FlopCounterMode(display=False) as forward:
+        out = net.requires_grad_()(x, t, **cond)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
     n = forward.get_total_flops()
     return n, n + backward.get_total_flops()
 
@@ -80,7 +82,8 @@ class InPrecision(Wrapped):
         self.precision = precision
 
     def forward(self, x:Tensor, t:Tensor, **cond) -> Tensor:
-        with autocast(x.device, self.precision): return self.net(x, t, **cond).float()
+        with autocast(x.device, self.precision):
+            return self.net(x, t, **cond).float()
 
 # %% ../../nbs/training/08_speed.ipynb #6f6cd728
 def fast_network(

@@ -9,6 +9,7 @@ __all__ = ['Schedule', 'lookup', 'at', 'model_time', 'linear_betas', 'q_mean_var
 from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
+from .checks import require
 
 # %% ../nbs/01_forward.ipynb #00d130c3
 @dataclass(frozen=True, eq=False)
@@ -30,9 +31,8 @@ class Schedule:
         "All tables from the betas, formed in float64."
         beta = torch.as_tensor(beta, dtype=torch.float64).clone()     # nobody else's memory
         T = len(beta) if beta.ndim == 1 else 0
-        if T < 2:
-            raise ValueError("a schedule needs a list of at least 2 steps, got betas of shape "
-                             f"{tuple(beta.shape)}")
+        require(T >= 2, f"a schedule needs a list of at least 2 steps, got betas of shape "
+                f"{tuple(beta.shape)}")
         if not ((beta > 0) & (beta < 1)).all():
             raise ValueError(f"every beta must lie strictly between 0 and 1, got {beta.min():.3g} "
                              f"to {beta.max():.3g}")
@@ -40,8 +40,8 @@ class Schedule:
         prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         t_model = torch.arange(T, device=beta.device) * (1000 / T) if t_model is None else t_model
         t_model = torch.as_tensor(t_model, dtype=torch.float64, device=beta.device).clone()
-        if t_model.shape != beta.shape:
-            raise ValueError(f"{T} betas but t_model of shape {tuple(t_model.shape)}")
+        require(t_model.shape == beta.shape,
+                f"{T} betas but t_model of shape {tuple(t_model.shape)}")
         return cls(beta, 1 - beta, alpha_bar, prev, beta * (1 - prev) / (1 - alpha_bar), t_model)
 
     def __len__(self): return len(self.beta)
@@ -58,9 +58,9 @@ def lookup(
 ) -> Tensor: # float64 (B,)
     """Rows t of a table. On a GPU the range is left to the index kernel: a check here would stop
     the stream."""
-    if t.is_floating_point() or t.dtype == torch.bool or t.ndim != 1:
-        raise TypeError(f"t must be a 1-d tensor of whole numbers, got {t.dtype} of shape "
-                        f"{tuple(t.shape)}")
+    require(not t.is_floating_point() and t.dtype != torch.bool and t.ndim == 1,
+            f"t must be a 1-d tensor of whole numbers, got {t.dtype} of shape {tuple(t.shape)}",
+            TypeError)
     if t.device.type == "cpu" and len(t) and not (0 <= t.min() and t.max() < len(table)):
         raise IndexError(f"t must lie in 0..{len(table) - 1} (the paper's 1..{len(table)}), got "
                          f"{t.min()}..{t.max()}")
@@ -72,10 +72,9 @@ def at(
     like:Tensor,  # images (B,...), floating: gives type, device and number of dimensions
 ) -> Tensor: # (B,1,...,1)
     "Coefficients of steps t, shaped to multiply images: formed in float64, cast last."
-    if not like.is_floating_point():
-        raise TypeError(f"images must be floating point in [-1,1], got {like.dtype}: use "
-                        "data.to_float")
-    if len(t) != len(like): raise ValueError(f"{len(like)} images but {len(t)} steps t")
+    require(like.is_floating_point(), f"images must be floating point in [-1,1], got {like.dtype}: "
+            f"use data.to_float", TypeError)
+    require(len(t) == len(like), f"{len(like)} images but {len(t)} steps t")
     return lookup(table, t).to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 def model_time(
@@ -91,9 +90,8 @@ def linear_betas(
 ) -> Tensor: # float64 (T,)
     """Betas evenly spaced from 1e-4 to 0.02, both times 1000/T so that every T destroys about as
     much."""
-    if T <= 20:
-        raise ValueError("the linear schedule needs more than 20 steps (its last beta, 0.02 x "
-                         f"1000/T, would reach 1); got T = {T}")
+    require(T > 20, f"the linear schedule needs more than 20 steps (its last beta, 0.02 x 1000/T, "
+            f"would reach 1); got T = {T}")
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
 
 # %% ../nbs/01_forward.ipynb #3df2df38
@@ -112,7 +110,6 @@ def q_sample(
     eps:Tensor, # standard normal noise, shaped as x0
 ) -> Tensor: # x_t, shaped as x0
     "x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Eq. 9): t steps of noise in one."
-    if eps.shape != x0.shape:
-        raise ValueError(f"eps has shape {tuple(eps.shape)}, x0 has {tuple(x0.shape)}: they must "
-                         "agree")
+    require(eps.shape == x0.shape,
+            f"eps has shape {tuple(eps.shape)}, x0 has {tuple(x0.shape)}: they must agree")
     return at(s.alpha_bar.sqrt(), t, x0) * x0 + at((1 - s.alpha_bar).sqrt(), t, x0) * eps

@@ -8,6 +8,7 @@ __all__ = ['UniformSampler', 'remember', 'LossSecondMomentSampler']
 # %% ../nbs/06_importance_sampling.ipynb #f1a3f85f
 import torch
 from torch import Tensor
+from .checks import require
 
 # %% ../nbs/06_importance_sampling.ipynb #b2db9a31
 class UniformSampler:
@@ -15,7 +16,7 @@ class UniformSampler:
     def __init__(self,
         T:int, # number of steps
     ):
-        if T < 1: raise ValueError(f"there must be at least 1 step to draw from, got T = {T}")
+        require(T >= 1, f"there must be at least 1 step to draw from, got T = {T}")
         self.T = T
 
     def probs(self) -> Tensor: # float64 (T,)
@@ -28,7 +29,7 @@ class UniformSampler:
         device=None,    # where t is wanted; None: the generator's device, or the CPU
     ) -> tuple[Tensor, Tensor]: # t int64 (B,) and weights float32 (B,), here all 1
         "Steps and their weights."
-        if batch < 1: raise ValueError(f"a batch needs at least 1 step, got {batch}")
+        require(batch >= 1, f"a batch needs at least 1 step, got {batch}")
         source = generator.device if generator is not None else device or "cpu"
         t = torch.randint(self.T, (batch,), generator=generator, device=source).to(device or source)
         return t, torch.ones(batch, device=t.device)
@@ -36,9 +37,8 @@ class UniformSampler:
     def update(self, t, losses): "Nothing to learn."
     def state_dict(self): return {}
     def load_state_dict(self, state):
-        if state:
-            raise ValueError("this state belongs to a sampler that remembers losses, not to a "
-                             "uniform one")
+        require(not state, "this state belongs to a sampler that remembers losses, not to a "
+                "uniform one")
 
 # %% ../nbs/06_importance_sampling.ipynb #f4a7398c
 def remember(
@@ -68,12 +68,10 @@ class LossSecondMomentSampler:
         history:int=10,            # losses remembered for each t
         uniform_prob:float=0.001,  # share of uniform draws; no weight exceeds 1/uniform_prob
     ):
-        if T < 1 or history < 1:
-            raise ValueError(f"there must be at least 1 step and 1 loss to remember, got T = {T}, "
-                             f"history = {history}")
-        if not 0 < uniform_prob <= 1:
-            raise ValueError("uniform_prob must lie above 0 (else a step could never be drawn) "
-                             f"and at most at 1, got {uniform_prob}")
+        require(T >= 1 and history >= 1, f"there must be at least 1 step and 1 loss to remember, "
+                f"got T = {T}, history = {history}")
+        require(0 < uniform_prob <= 1, f"uniform_prob must lie above 0 (else a step could never be "
+                f"drawn) and at most at 1, got {uniform_prob}")
         self.T, self.size, self.uniform_prob = T, history, uniform_prob
         self.history = torch.zeros(T + 1, history, dtype=torch.float64)
         self.count = torch.zeros(T + 1, dtype=torch.long)
@@ -89,7 +87,7 @@ class LossSecondMomentSampler:
     # t int64 (B,), weights float32 (B,) = 1/(T p_t)
     def sample(self, batch, generator=None, device=None) -> tuple[Tensor, Tensor]:
         "Steps, and the weights that make the weighted mean unbiased."
-        if batch < 1: raise ValueError(f"a batch needs at least 1 step, got {batch}")
+        require(batch >= 1, f"a batch needs at least 1 step, got {batch}")
         p = self.probs()
         if generator is not None:
             p = (p.float() if generator.device.type == "mps" else p).to(generator.device)
@@ -98,9 +96,8 @@ class LossSecondMomentSampler:
 
     def update(self, t, losses): # t int64 (B,), losses (B,) BEFORE weighting
         "Remember a batch of losses."
-        if t.shape != losses.shape or t.ndim != 1:
-            raise ValueError(f"one loss for each step is needed, got t {tuple(t.shape)} and losses "
-                             f"{tuple(losses.shape)}")
+        require(t.shape == losses.shape and t.ndim == 1, f"one loss for each step is needed, got t "
+                f"{tuple(t.shape)} and losses {tuple(losses.shape)}")
         if t.device.type == "cpu" and len(t) and not (0 <= t.min() and t.max() < self.T):
             raise IndexError(f"t must lie in 0..{self.T - 1}, got {t.min()}..{t.max()}")
         device = "cpu" if losses.device.type == "mps" else losses.device      # MPS has no float64
@@ -110,7 +107,6 @@ class LossSecondMomentSampler:
     def state_dict(self): return {"history": self.history.clone(), "count": self.count.clone()}
     def load_state_dict(self, state):
         shape = (len(state["history"]) - 1, state["history"].shape[1]) if state else "nothing"
-        if shape != (self.T, self.size):
-            raise ValueError(f"this state holds losses for (steps, history) = {shape}, the sampler "
-                             f"needs {(self.T, self.size)}")
+        require(shape == (self.T, self.size), f"this state holds losses for (steps, history) = "
+                f"{shape}, the sampler needs {(self.T, self.size)}")
         self.history, self.count = state["history"].clone(), state["count"].clone()

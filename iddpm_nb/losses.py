@@ -10,6 +10,7 @@ __all__ = ['normal_kl', 'normal_cdf', 'discretized_gaussian_nll', 'bits', 'vlb_t
 import math
 import torch
 from torch import Tensor
+from .checks import require
 from .forward import Schedule, at, q_mean_var
 from .posterior import posterior_logvar, posterior_mean
 from .variance import p_gaussian, split_out
@@ -110,7 +111,6 @@ def l_hybrid(
     """L_simple + lam L_vlb (Eq. 16); in L_vlb the mean is held fixed, so that only the variance
     learns from it."""
     eps_hat, u = split_out(out, xt)
-    if u is None:
-        raise ValueError(f"L_hybrid trains a variance and needs {2 * xt.shape[1]} output channels, "
-                         f"this network has {out.shape[1]}")
+    require(u is not None, f"L_hybrid trains a variance and needs {2 * xt.shape[1]} output "
+            f"channels, this network has {out.shape[1]}")
     return l_simple(out, eps) + lam * l_vlb(s, torch.cat([eps_hat.detach(), u], 1), x0, xt, t)

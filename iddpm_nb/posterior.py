@@ -8,6 +8,7 @@ __all__ = ['posterior_mean', 'clipped_beta_tilde', 'posterior_logvar', 'x0_from_
 # %% ../nbs/03_posterior.ipynb #833ae195
 import torch
 from torch import Tensor
+from .checks import require
 from .forward import Schedule, at
 
 # %% ../nbs/03_posterior.ipynb #1ef49fd7
@@ -45,9 +46,8 @@ def x0_from_eps(
     eps:Tensor, # the noise in them, or an estimate
 ) -> Tensor: # x0, shaped as xt
     "x_0 = x_t / sqrt(alpha_bar) - sqrt(1/alpha_bar - 1) eps: Eq. 9 solved for x_0."
-    if eps.shape != xt.shape:
-        raise ValueError(f"eps has shape {tuple(eps.shape)}, xt has {tuple(xt.shape)}: they must "
-                         "agree")
+    require(eps.shape == xt.shape,
+            f"eps has shape {tuple(eps.shape)}, xt has {tuple(xt.shape)}: they must agree")
     return at(s.alpha_bar.rsqrt(), t, xt) * xt - at((1 / s.alpha_bar - 1).sqrt(), t, xt) * eps
 
 def eps_from_x0(
@@ -67,11 +67,10 @@ def data_weights(
     t:Tensor,    # 0-based steps, int64 (B,)
 ) -> Tensor: # float64 (B,N), rows sum to 1
     "p(x_0 = image n | x_t) when every image is equally likely: Bayes' rule on the marginal."
-    if data.shape[1:] != xt.shape[1:]:
-        raise ValueError(f"the data are images {tuple(data.shape[1:])}, xt holds "
-                         f"{tuple(xt.shape[1:])}: they must agree")
-    if not data.is_floating_point():
-        raise TypeError(f"the data must be floats in [-1,1], got {data.dtype}: use data.to_float")
+    require(data.shape[1:] == xt.shape[1:], f"the data are images {tuple(data.shape[1:])}, xt "
+            f"holds {tuple(xt.shape[1:])}: they must agree")
+    require(data.is_floating_point(),
+            f"the data must be floats in [-1,1], got {data.dtype}: use data.to_float", TypeError)
     d, x = data.flatten(1).double(), xt.flatten(1).double()
     ab = at(s.alpha_bar, t, x)
     sq = (x**2).sum(1, True) - 2 * ab.sqrt() * (x @ d.T) + ab * (d**2).sum(1)

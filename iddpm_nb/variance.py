@@ -9,6 +9,7 @@ __all__ = ['fixed_logvar', 'learned_logvar', 'split_out', 'Gaussian', 'p_gaussia
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from .checks import require
 from .forward import Schedule, at
 from .posterior import (clipped_beta_tilde, data_weights, eps_from_x0, posterior_logvar,
                                 posterior_mean, x0_from_eps)
@@ -22,8 +23,7 @@ def fixed_logvar(
 ) -> Tensor: # (B,1,1,1), natural logarithm
     "Log of a fixed reverse variance. At t = 0 both are that of beta_tilde at t = 1."
     if kind == "beta_tilde": return posterior_logvar(s, t, like)
-    if kind != "beta":
-        raise ValueError(f"unknown variance {kind!r}: choose beta, beta_tilde or learned")
+    require(kind == "beta", f"unknown variance {kind!r}: choose beta, beta_tilde or learned")
     return at(torch.cat([clipped_beta_tilde(s)[:1], s.beta[1:]]).log(), t, like)
 
 def learned_logvar(
@@ -42,10 +42,9 @@ def split_out(
 ) -> tuple[Tensor, Tensor | None]: # eps_hat (B,C,H,W), and u (B,C,H,W) or None
     "The network's two halves: the noise it sees, and the raw variance channels if it has any."
     C = xt.shape[1]
-    if out.shape[0] != xt.shape[0] or out.shape[2:] != xt.shape[2:] or out.shape[1] not in (C,
-                    2 * C):
-        raise ValueError(f"the network returned {tuple(out.shape)} for images {tuple(xt.shape)}: "
-                         f"it must return {C} channels, or {2 * C} with a learned variance")
+    require(out.shape[0] == xt.shape[0] and out.shape[2:] == xt.shape[2:]
+            and out.shape[1] in (C, 2 * C), f"the network returned {tuple(out.shape)} for images "
+            f"{tuple(xt.shape)}: it must return {C} channels, or {2 * C} with a learned variance")
     # a network may run in bfloat16, the mathematics may not
     out = out.to(torch.promote_types(out.dtype, xt.dtype))
     return out[:, :C], out[:, C:] if out.shape[1] == 2 * C else None
@@ -68,9 +67,9 @@ def p_gaussian(
     """The reverse step p(x_{t-1} | x_t): the posterior with x0_hat in the place of x_0, and the
     variance asked for."""
     eps_hat, u = split_out(out, xt)
-    if variance == "learned" and u is None:
-        raise ValueError(f"a learned variance needs {2 * xt.shape[1]} output channels, this "
-                         f"network has {out.shape[1]}: use variance='beta' or 'beta_tilde'")
+    require(variance != "learned" or u is not None,
+            f"a learned variance needs {2 * xt.shape[1]} output channels, this network has "
+            f"{out.shape[1]}: use variance='beta' or 'beta_tilde'")
     x0_hat = x0_from_eps(s, xt, t, eps_hat)
     if clip_x0: x0_hat = x0_hat.clamp(-1, 1)
     logvar = (learned_logvar(s, u, t) if variance == "learned"

@@ -62,6 +62,7 @@ class Images:
 
     def __len__(self): return len(self.images)
     def take(self, i:Tensor, name:str="") -> "Images": # those with the numbers i (n,)
+        "Some of the images."
         y, sums = self.labels, self.sums and tuple(self.sums[j] for j in i.tolist())
         return replace(self, images=self.images[i], labels=None if y is None else y[i],
                        name=name or self.name, sums=sums)
@@ -369,7 +370,7 @@ class Batches:
         data:Images,        # what to draw from
         batch:int=64,       # images a batch
         seed:int=0,         # fixes the order
-        device="cpu",       # the whole set is moved there once, as uint8
+        device:str|torch.device="cpu", # the whole set is moved there once, as uint8
         flip:bool=False,    # mirror every image left to right with probability 1/2
         share:tuple=(0, 1), # (i, n): hand out only the i-th of n equal parts of each batch
     ):
@@ -380,6 +381,7 @@ class Batches:
         self.generator, self.order = torch.Generator().manual_seed(seed), torch.arange(0)
 
     def indices(self):
+        "Which images a batch has: a permutation for each epoch."
         if (short := self.batch - len(self.order)) > 0:     # an epoch's tail, the next's head
             n, g = len(self.images), self.generator
             epochs = [torch.randperm(n, generator=g) for _ in range(-(-short // n))]
@@ -387,6 +389,7 @@ class Batches:
         now, self.order = self.order[:self.batch], self.order[self.batch:]
         return now
     def draw(self): # the numbers of the next images, and which are mirrored, or None
+        "One batch on the device, mirrored where chance says so."
         i = self.indices()[self.part]
         if not self.flip: return i, None
         return i, torch.rand(self.batch, generator=self.generator)[self.part] < 0.5
@@ -398,9 +401,12 @@ class Batches:
         x = self.images[i] if mirror is None else mirrored(self.images[i], mirror)
         return to_float(x), None if self.labels is None else self.labels[i]
     def seen(self): # what a checkpoint says about the data
+        "How many images have been handed out."
         return {"images": self.sum, "labels": None if self.labels is None else self.label_sum}
     def state_dict(self):
+        "What continues from here."
         return {"order": self.order.clone(), "generator": self.generator.get_state()} | self.seen()
-    def load_state_dict(self, state, new_data=False): # True: take other data, in a new epoch
+    def load_state_dict(self, state:dict, new_data:bool=False):
+        "Continue from there; with new data in a new epoch."
         self.order = position(state, self.seen(), len(self.images), new_data)
         self.generator.set_state(state["generator"])

@@ -46,7 +46,7 @@ class Schedule:
 
     def __len__(self): return len(self.beta)
 
-    def to(self, device) -> "Schedule":
+    def to(self, device:str|torch.device) -> "Schedule":
         "The tables on another device; on one without float64 (MPS) they stay on the CPU."
         if torch.device(device).type == "mps": device = "cpu"
         return Schedule(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

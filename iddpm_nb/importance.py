@@ -25,8 +25,8 @@ class UniformSampler:
 
     def sample(self,
         batch:int,      # how many
-        generator=None, # source of randomness; None: torch's own
-        device=None,    # where t is wanted; None: the generator's device, or the CPU
+        generator:torch.Generator|None=None, # source of randomness; None: torch's own
+        device:str|torch.device|None=None, # where t is wanted; None: the generator's
     ) -> tuple[Tensor, Tensor]: # t int64 (B,) and weights float32 (B,), here all 1
         "Steps and their weights."
         require(batch >= 1, f"a batch needs at least 1 step, got {batch}")
@@ -34,9 +34,12 @@ class UniformSampler:
         t = torch.randint(self.T, (batch,), generator=generator, device=source).to(device or source)
         return t, torch.ones(batch, device=t.device)
 
-    def update(self, t, losses): "Nothing to learn."
-    def state_dict(self): return {}
-    def load_state_dict(self, state):
+    def update(self, t:Tensor, losses:Tensor): "Nothing to learn."
+    def state_dict(self):
+        "What continues from here."
+        return {}
+    def load_state_dict(self, state:dict):
+        "Continue from there."
         require(not state, "this state belongs to a sampler that remembers losses, not to a "
                 "uniform one")
 
@@ -85,7 +88,9 @@ class LossSecondMomentSampler:
         return torch.where(ready, p, torch.full_like(p, 1 / self.T))
 
     # t int64 (B,), weights float32 (B,) = 1/(T p_t)
-    def sample(self, batch, generator=None, device=None) -> tuple[Tensor, Tensor]:
+    def sample(self,
+        batch:int, generator:torch.Generator|None=None, device:str|torch.device|None=None,
+    ) -> tuple[Tensor, Tensor]:
         "Steps, and the weights that make the weighted mean unbiased."
         require(batch >= 1, f"a batch needs at least 1 step, got {batch}")
         p = self.probs()
@@ -94,7 +99,7 @@ class LossSecondMomentSampler:
         t = torch.multinomial(p, batch, replacement=True, generator=generator)
         return t.to(device or t.device), (1 / (self.T * p[t])).float().to(device or t.device)
 
-    def update(self, t, losses): # t int64 (B,), losses (B,) BEFORE weighting
+    def update(self, t:Tensor, losses:Tensor): # t int64 (B,), losses (B,) BEFORE weighting
         "Remember a batch of losses."
         require(t.shape == losses.shape and t.ndim == 1, f"one loss for each step is needed, got t "
                 f"{tuple(t.shape)} and losses {tuple(losses.shape)}")
@@ -104,8 +109,11 @@ class LossSecondMomentSampler:
         self.history, self.count = self.history.to(device), self.count.to(device)
         remember(self.history, self.count, t.to(device).long(), losses.detach().to(device).double())
 
-    def state_dict(self): return {"history": self.history.clone(), "count": self.count.clone()}
-    def load_state_dict(self, state):
+    def state_dict(self):
+        "What continues from here."
+        return {"history": self.history.clone(), "count": self.count.clone()}
+    def load_state_dict(self, state:dict):
+        "Continue from there."
         shape = (len(state["history"]) - 1, state["history"].shape[1]) if state else "nothing"
         require(shape == (self.T, self.size), f"this state holds losses for (steps, history) = "
                 f"{shape}, the sampler needs {(self.T, self.size)}")

@@ -15,7 +15,7 @@ from .checks import require
 from .pictures import progress_bar
 from .forward import Schedule, model_time, q_sample
 from .losses import prior_term, vlb_term
-from .sampling import evaluating, normal, portions
+from .sampling import evaluating, in_chunks, normal
 
 # %% ../nbs/10_likelihood.ipynb #d037abdc
 class Bits(NamedTuple):
@@ -34,7 +34,7 @@ def choose_t(
     T:int,              # steps of the schedule
     num_t,              # how many to evaluate; None, or as many as there are or more: all
     batch:int,          # for how many images
-    generator=None,     # of the draws
+    generator:torch.Generator|None=None, # of the draws
 ) -> tuple[Tensor, Tensor]: # t int64 (B,K) ascending, weights float64 (K,)
     """All t; or t < 10 and t = T-1 for sure, and one t from each of equal sections of the rest,
     drawn for each image anew."""
@@ -81,8 +81,8 @@ def bits_per_dim(
     clip_x0:bool=True,      # clamp x0_hat to [-1,1], as the paper does
     variance:str="learned", # "learned", "beta" or "beta_tilde"
     num_t:int|None=None,    # evaluate so many steps for each image; None: all
-    generator=None,         # of noise and steps
-    cond=None,              # further arguments of the network, each with B rows
+    generator:torch.Generator|None=None, # of noise and steps
+    cond:dict|None=None,    # further arguments of the network, each with B rows
     chunk:int=256,          # images shown to the network at a time; changes no result
     progress:bool=False,    # draw a bar
 ) -> Bits:
@@ -96,7 +96,7 @@ def bits_per_dim(
         for tk in t.T:
             # for all images at once
             eps, tk = normal(x0.shape, generator, x0.device).to(x0), tk.to(x0.device)
-            for p in portions(len(x0), chunk):
+            for p in in_chunks(len(x0), chunk):
                 columns.append(term(net, s, x0[p], tk[p], eps[p],
                                     {k: v[p] for k, v in cond.items()}, clip_x0, variance))
                 bar.update(len(x0[p]))

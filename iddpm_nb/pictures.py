@@ -12,6 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 from .checks import require
 from .data import to_uint8
@@ -39,13 +40,11 @@ def image_grid(
     require(x.ndim == 4 and x.shape[1] in (1, 3),
             f"a grid needs images (N,1,H,W) or (N,3,H,W), got {tuple(x.shape)}")
     cols, scale = cols or math.ceil(len(x)**0.5), scale or math.ceil(48 / x.shape[-1])
-    x = F.interpolate(x.expand(-1, 3, -1, -1).float(), scale_factor=scale)
-    x = F.pad(x, (0, gap, 0, gap), value=255)
-    x = torch.cat([x, x.new_full((-len(x) % cols, *x.shape[1:]), 255)])
-    n, c, h, w = x.shape
-    x = x.reshape(n // cols, cols, c, h, w).permute(2, 0, 3, 1,
-                                                    4).reshape(c, n // cols * h, cols * w)
-    return F.pad(x, (gap, 0, gap, 0), value=255).to(torch.uint8)
+    x = F.interpolate(x.expand(-1, 3, -1, -1).float(), scale_factor=scale).to(torch.uint8)
+    # torchvision draws a single image without an edge, and less than a row as a shorter one
+    if len(x) == cols == 1: return F.pad(x[0], (gap,) * 4, value=255)
+    white = x.new_full((-len(x) % cols, *x.shape[1:]), 255)
+    return make_grid(torch.cat([x, white]), cols, gap, pad_value=255)
 
 # %% ../nbs/00c_pictures.ipynb #31e13b27
 def save_grid(

@@ -67,7 +67,8 @@ class ResBlock(nn.Module):
         self.skip = (nn.Identity() if channels_in == channels_out
                      else nn.Conv2d(channels_in, channels_out, 1))
 
-    def forward(self, x, emb): # (B,channels_in,H,W), (B,emb_dim) -> (B,channels_out,H,W)
+    def forward(self, x:Tensor, emb:Tensor) -> Tensor: # (B,channels_in,H,W), (B,emb_dim)
+        "x + f(x, emb), (B,C',H,W)."
         h = self.conv1(F.silu(self.norm1(x)))
         e = self.emb(F.silu(emb))[:, :, None, None]
         if self.scale_shift:
@@ -109,7 +110,8 @@ class Attention(nn.Module):
         self.qkv = PerPosition(channels, 3 * channels)
         self.proj = zero(PerPosition(channels, channels))
 
-    def forward(self, x, emb=None): # (B,channels,H,W) -> the same; needs no embedding
+    def forward(self, x:Tensor, emb=None): # (B,channels,H,W) -> the same; needs no embedding
+        "x + attention(x), (B,C,H,W)."
         h = self.qkv(self.norm(x).flatten(2).mT)                  # (B,positions,3 channels)
         q, k, v = rearrange(h, "b l (n three d) -> three b n l d", three=3, n=self.num_heads)
         h = self.proj(rearrange(attend(q, k, v), "b n l d -> b l (n d)"))
@@ -273,6 +275,7 @@ class UNet(nn.Module):
         t:Tensor, # what stands for t, `model_time(s, t)`, (B,)
         y:Tensor|None=None, # labels int64 (B,), if the network has classes
     ) -> Tensor: # (B,out_channels,H,W)
+        "eps_hat, and u if there are twice as many channels."
         check_inputs(self, x, t, y)
         e = self.time_embed(timestep_embedding(t, self.channels).to(self.conv_in.weight.dtype))
         if y is not None: e = e + self.label_embed(y)

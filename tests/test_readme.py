@@ -57,10 +57,10 @@ def desk(tmp_path_factory):
 @pytest.fixture(scope="module")
 def official(desk):
     "A file with the layout of the released one; all its numbers are 0."
-    from iddpm_nb.interop.openai import PRESETS, official_name
+    from iddpm_nb.interop.openai import RELEASED, official_name
     from iddpm_nb.unet import UNet
     with torch.device("meta"):
-        net = UNet(**PRESETS["cifar10_uncond_50M_500K"]["network"])
+        net = UNet(**RELEASED["cifar10_uncond_50M_500K"]["network"])
     zeros = {official_name(k): torch.zeros(v.shape, dtype=torch.float16)
              for k, v in net.state_dict().items()}
     torch.save(zeros, desk / "cifar10_uncond_50M_500K.pt")

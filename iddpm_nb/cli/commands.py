@@ -25,7 +25,7 @@ MEMORY = ("there is too little memory: a smaller --micro in training, or --chunk
 
 MENDABLE = ValueError, TypeError, IndexError, OSError, ImportError, FloatingPointError
 
-def let_go(
+def drop_unprinted(
     name:str,     # of the command
     out:Steady, err:Steady, # what it printed to
 ):
@@ -55,7 +55,7 @@ def steady(
     wider = patch.dict(os.environ, {"COLUMNS": "40"} if narrow else {})
     out, err = Steady(sys.stdout), Steady(sys.stderr)
     with contextlib.ExitStack() as stack:
-        stack.callback(let_go, name, out, err)
+        stack.callback(drop_unprinted, name, out, err)
         for change in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
                        warnings.catch_warnings(), wider):
             stack.enter_context(change)
@@ -93,9 +93,9 @@ def printed():
             "file (--out, where there is one)", OSError)
 
 # %% ../../nbs/cli/01_commands.ipynb #5a1e0c08
-WORDS = ConstructorRegistry()
+REGISTRY = ConstructorRegistry()
 
-@WORDS.primitive_rule
+@REGISTRY.primitive_rule
 def strictly(
     option, # what tyro knows of it
 ) -> PrimitiveConstructorSpec | None: # how it is read; None: as tyro does
@@ -117,7 +117,7 @@ def options(
 ):
     "What a command is asked for."
     try:
-        return tyro.cli(kind, args=args, prog=name, registry=WORDS, **how)
+        return tyro.cli(kind, args=args, prog=name, registry=REGISTRY, **how)
     except SystemExit as e:
         if not e.code: printed()  # the help
         raise

@@ -40,7 +40,7 @@ BY_HAND = ("image_size", "num_heads", "schedule", "T", "rescale_t", "low_size", 
 
 # %% ../../nbs/cli/04_convert.ipynb #42a5284f
 @command
-def iddpm_convert(args=None):
+def iddpm_convert(args:list[str]|None=None):
     "An official checkpoint as our own."
     o = options(ConvertOptions, args, "iddpm_convert")
     check_place(o.out)

@@ -16,7 +16,7 @@ import tyro
 from ..checks import require, shown
 from ..data import Images, named, to_uint8
 from ..pictures import say
-from ..sampling import respace, space_timesteps
+from ..sampling import Sampling, respace, space_timesteps
 from ..likelihood import histogram_bits
 from ..images.reading import SUFFIXES
 from ..images.folders import listed, open_images, open_sets, part
@@ -132,7 +132,7 @@ def run_of(path:Path) -> dict: # {} if there is none
             return about
     return {}
 
-def chosen(path:str, weights:str) -> Path: # the file that is loaded
+def file_of(path:str, weights:str) -> Path: # the file that is loaded
     return weights_file(Path(path), weights) if Path(path).is_dir() else Path(path)
 
 def respaced(o:EvalOptions, model): # with the steps asked for
@@ -148,7 +148,7 @@ def subject(o:EvalOptions, team) -> Subject:
         return Subject(path, None, run_of(path))
     picture = path.suffix.lower() in SUFFIXES and path.is_file()
     require(not picture, f"{shown(path)} is one picture: samples are an .npz or a folder of images")
-    file = chosen(o.path, o.weights)   # once: a run that goes on may have a later one soon
+    file = file_of(o.path, o.weights)   # once: a run that goes on may have a later one soon
     weights = "" if path.is_dir() else o.weights
     model = load(file, weights, place(team, o.device), o.preset)
     respaced(o, model)                 # steps that it does not have are refused now
@@ -256,7 +256,7 @@ def told_bits(r:dict) -> list[str]:
 def other_model(o:EvalOptions, s:Subject, team) -> tuple: # `Model` and its file; or nothing
     "The model to compare with: it can be asked what this one is asked."
     if not o.against: return ()
-    file = chosen(o.against, o.weights if Path(o.against).is_dir() else "")
+    file = file_of(o.against, o.weights if Path(o.against).is_dir() else "")
     other = load(file, device=place(team, o.device))
     its, mine = tuple(other.config["shape"]), tuple(s.about["shape"])
     require(its == mine, f"{shown(o.against)} cannot be compared with {shown(o.path)}: it knows "
@@ -295,7 +295,7 @@ def bits_of(o:EvalOptions, s:Subject, sets, team, other=()) -> tuple[dict, list]
     return r | {"without_a_network": bare}, [*lines, f"without a network: {told}"]
 
 # %% ../../nbs/cli/05_evaluate.ipynb #67b12efd
-def ready(o:EvalOptions, s:Subject, ref, device) -> Features:
+def features_for(o:EvalOptions, s:Subject, ref, device) -> Features:
     "What looks at images. Whatever will be missed is missed before the sampling."
     fidelity()
     name = o.features or ("digits" if of_digits(o, s) else "inception")
@@ -319,11 +319,13 @@ def draw_samples(o:EvalOptions, s:Subject, held, team) -> tuple[Images, dict]:
     if steps is None: steps = str(min(50, len(model.schedule)))
     fast = model.quick(o.precision, team=team)
     if model.config["network"].get("low_size"): n, cond = to_show(model.config, n, held)
-    x = fast.sample(n, None if steps == "all" else steps, o.seed, o.method, o.eta, o.variance,
-                    team.rank == 0, cond, chunk=o.chunk and o.chunk * team.size)
-    variance = None if o.method == "ddim" else o.variance or model.config["variance"]
+    variance = o.variance or model.config["variance"]
+    way = Sampling(None if steps == "all" else steps, o.method, o.eta, variance,
+                   chunk=o.chunk and o.chunk * team.size)
+    x = fast.sample(n, way, o.seed, team.rank == 0, cond)
     how = {"images": o.path, "steps": steps, "T": len(model.schedule), "method": o.method,
-           "eta": o.eta, "variance": variance, "precision": fast.net.precision}
+           "eta": o.eta, "variance": None if o.method == "ddim" else variance,
+           "precision": fast.net.precision}
     if cond: how["enlarged"] = "held-out images, made small"
     return Images(to_uint8(x.cpu()), name="samples"), how
 
@@ -360,7 +362,8 @@ def evaluated(o:EvalOptions, team) -> tuple[dict, list]:
             "--pr of them, not for bits/dim")
     other = other_model(o, s, team)
     sets = image_sets(o, s, team.rank == 0)
-    features = ready(o, s, sets[0], place(team, o.device)) if looks and team.rank == 0 else None
+    features = (features_for(o, s, sets[0], place(team, o.device)) if looks
+                and team.rank == 0 else None)
     record, lines = bits_of(o, s, sets, team, other) if bits else ({}, [])
     if looks:
         found, told = beside_real(o, s, sets, features, team)
@@ -385,7 +388,7 @@ def evaluate(o:EvalOptions, team):
     if not o.out: printed()
 
 @command
-def iddpm_eval(args=None):
+def iddpm_eval(args:list[str]|None=None):
     "Measure a model."
     o = options(EvalOptions, args, "iddpm_eval")
     check_options(o)

@@ -19,7 +19,7 @@ import tyro
 from ..checks import require, shown
 from ..data import from_npz, to_float, to_uint8
 from ..pictures import image_grid
-from ..sampling import space_timesteps
+from ..sampling import Sampling, space_timesteps
 from ..conditioning.labels import class_numbers, labels_by_name, labels_for
 from ..conditioning.upsampler import cascade, with_noise
 from ..training.files import numbered, reserved, sweep, write
@@ -89,7 +89,7 @@ def check_asked(o:SampleOptions): # what can be refused before the model is ther
             f"--out must be a new .png, and so must the .npz beside it; got {o.out}")
 
 # %% ../../nbs/cli/03_sample.ipynb #2273f0b4
-def ready(o, path, weights, preset, team): # a model to sample with
+def model_for(o, path, weights, preset, team): # a model to sample with
     return load(path, weights, place(team, o.device), preset).quick(o.precision, o.compile, team)
 
 def check_stage(o, model): # what is asked of a model that enlarges, and of one that does not
@@ -122,29 +122,32 @@ def steps_of(asked, model): # for `space_timesteps`, which refuses them now and 
     return steps
 
 # %% ../../nbs/cli/03_sample.ipynb #efa4b325
-def in_one_stage(o, model, small, n:int, y, how:dict): # images, small images, and what drew classes
+def way(o, model, steps, team) -> Sampling: # how a model is sampled
+    variance = o.variance or model.config["variance"]
+    chunk = o.chunk and o.chunk * team.size
+    return Sampling(steps_of(steps, model), o.method, o.eta, variance, chunk=chunk)
+
+def in_one_stage(o, model, small, n:int, y, team): # images, small images, and what drew classes
     cond, low = {} if y is None else {"y": y}, None
     if small:
         low = small.images[:n]
         noise = torch.Generator().manual_seed(o.seed + 2)   # not the numbers that x_T is drawn from
         cond["low"] = with_noise(to_float(low), model.config["network"]["augment"], noise)
-    x = model.sample(n, steps_of(o.steps, model), o.seed, cond=cond, **how)
+    x = model.sample(n, way(o, model, o.steps, team), o.seed, team.rank == 0, cond, o.guidance)
     return x, low, model.random_numbers(o.seed)
 
-def in_two_stages(o, model, base, n:int, y, how:dict): # the same
-    steps = steps_of(o.base_steps, base), steps_of(o.steps, model)
+def in_two_stages(o, model, base, n:int, y, team): # the same
+    ways = way(o, base, o.base_steps, team), way(o, model, o.steps, team)
     chance = torch.Generator().manual_seed(o.seed + 2)       # as `cascade` has it
-    return *cascade(base, model, n, *steps, o.seed, y, **how), chance
+    return *cascade(base, model, n, *ways, o.seed, y, team.rank == 0, o.guidance), chance
 
 def sampled(o:SampleOptions, model, base, small, n:int, team) -> dict:
     "Images; small images, labels and names of the classes, where there are any."
-    how = dict(method=o.method, eta=o.eta, variance=o.variance, progress=team.rank == 0,
-               chunk=o.chunk and o.chunk * team.size, guidance=o.guidance)
     knows = next((m for m in (base, model) if m and m.config["network"].get("num_classes")), None)
     names = knows.config["classes"] if knows else None
     y = asked_labels(o, names or (), small, n)
-    if base: x, low, chance = in_two_stages(o, model, base, n, y, how)
-    else: x, low, chance = in_one_stage(o, model, small, n, y, how)
+    if base: x, low, chance = in_two_stages(o, model, base, n, y, team)
+    else: x, low, chance = in_one_stage(o, model, small, n, y, team)
     if knows and y is None: y = knows.random_labels(n, chance)
     made = {"images": x, "low": low, "labels": y, "classes": names}
     return {k: v for k, v in made.items() if v is not None}
@@ -196,9 +199,9 @@ def write_samples(made:dict, png:Path, o:SampleOptions) -> str: # what was writt
 
 # %% ../../nbs/cli/03_sample.ipynb #4d011cd9
 def draw(o:SampleOptions, team): # and write
-    model = ready(o, o.path, o.weights, o.preset, team)
+    model = model_for(o, o.path, o.weights, o.preset, team)
     check_stage(o, model)
-    base = None if o.base is None else ready(o, o.base, "", None, team)
+    base = None if o.base is None else model_for(o, o.base, "", None, team)
     small = small_images(o, model)
     n = o.n if small is None else min(o.n, len(small))
     if team.rank: return sampled(o, model, base, small, n, team)
@@ -209,7 +212,7 @@ def draw(o:SampleOptions, team): # and write
 
 # %% ../../nbs/cli/03_sample.ipynb #5e72ea39
 @command
-def iddpm_sample(args=None):
+def iddpm_sample(args:list[str]|None=None):
     "Sample from a model."
     o = options(SampleOptions, args, "iddpm_sample")
     check_asked(o)

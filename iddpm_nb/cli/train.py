@@ -100,7 +100,7 @@ def beginning(
 
 # %% ../../nbs/cli/02_train.ipynb #2d830090
 @command
-def iddpm_train(args=None):
+def iddpm_train(args:list[str]|None=None):
     "Train a model."
     args = sys.argv[1:] if args is None else list(args)
     folder, start = beginning(args)

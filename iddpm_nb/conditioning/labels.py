@@ -84,9 +84,33 @@ def agreement(
                          f"{y.min()}..{y.max()} were asked for")
     return (class_probs(x, data, labels).argmax(1) == y.to(x.device)).double().mean().item()
 
+# %% ../../nbs/conditioning/01_labels.ipynb #5a3417e3
+class Chancy:
+    "Batches to which every step adds something random, with a stream of its own in their state."
+    key = ""                    # of that stream's state
+    def __init__(self,
+        batches,    # of (x0, y), such as `Batches`
+        seed:int,   # of the stream
+    ):
+        self.batches, self.generator = batches, torch.Generator().manual_seed(seed)
+        self.batch = getattr(batches, "batch", None)
+        self.part = getattr(batches, "part", slice(None))     # of several processes each has a part
+
+    def drawn(self, draw, n:int, *shape) -> Tensor: # (n,...): drawn for the whole batch
+        "This process's part of what is drawn; n is the number of images that it has."
+        return draw(self.batch or n, *shape, generator=self.generator)[self.part]
+
+    def __iter__(self): return self
+    def state_dict(self):
+        return {"batches": self.batches.state_dict(), self.key: self.generator.get_state()}
+    def load_state_dict(self, state, new_data=False): # as for `Batches`
+        self.batches.load_state_dict(state["batches"], new_data)
+        self.generator.set_state(state[self.key])
+
 # %% ../../nbs/conditioning/01_labels.ipynb #4bee65a9
-class Dropping:
+class Dropping(Chancy):
     "Batches with labels dropped at random; what is drawn is part of their state."
+    key = "dropping"
     def __init__(self,
         batches,    # of (x0, y), such as `Batches`
         rate:float, # each label is dropped with this probability
@@ -95,25 +119,15 @@ class Dropping:
     ):
         require(0 <= rate < 1,
                 f"the share of labels that are dropped must lie in [0, 1), got {rate}")
-        self.batches, self.rate, self.null = batches, rate, null
-        self.generator = torch.Generator().manual_seed(seed)
-        self.batch = getattr(batches, "batch", None)
-        self.part = getattr(batches, "part", slice(None))     # of several processes each has a part
+        super().__init__(batches, seed)
+        self.rate, self.null = rate, null
 
-    def __iter__(self): return self
     def __next__(self): # -> x0, y
         x0, y = next(self.batches)
         require(y is not None,
                 "these images have no labels that could be dropped: train without classes")
-        chance = torch.rand(self.batch or len(y), generator=self.generator)  # for the whole batch
-        drop = (chance < self.rate)[self.part]
+        drop = self.drawn(torch.rand, len(y)) < self.rate
         return x0, torch.where(drop.to(y.device), self.null, y)
-
-    def state_dict(self):
-        return {"batches": self.batches.state_dict(), "dropping": self.generator.get_state()}
-    def load_state_dict(self, state, new_data=False): # as for `Batches`
-        self.batches.load_state_dict(state["batches"], new_data)
-        self.generator.set_state(state["dropping"])
 
 # %% ../../nbs/conditioning/01_labels.ipynb #6343c154
 class Guided(nn.Module):
@@ -137,7 +151,8 @@ class Guided(nn.Module):
                 f"got {scale}")
         self.net, self.scale, self.null, self.num_classes = net, scale, null, rows
 
-    def forward(self, x, t, y=None, **cond): # as for the network
+    def forward(self, x:Tensor, t:Tensor, y=None, **cond): # as for the network
+        "The guided estimate, and u of the labelled one."
         require(y is not None, "guidance exaggerates a class: it needs labels y")
         require(y.shape == x.shape[:1], f"{len(x)} images but labels of shape {tuple(y.shape)}: "
                 "one whole number for each image is needed")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import require
 from ..data import Images, to_float
 from ..unet import UNet
-from .labels import Dropping, labels_for
+from .labels import Chancy, Dropping, labels_for
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #834176b8
 def block_mean(
@@ -81,6 +81,7 @@ class Upsampler(nn.Module):
         low:Tensor|None=None,   # small images, (B,C,low_size,low_size) in [-1,1], noisy if asked
         y:Tensor|None=None,     # labels int64 (B,), if the network has classes
     ) -> Tensor: # (B,C,H,H) or (B,2C,H,H)
+        "As `UNet.forward`, told of the small images."
         H, h, C = self.image_size, self.low_size, self.in_channels
         require(x.shape[1:] == (C, H, H),
                 f"this network takes images (B,{C},{H},{H}), got {tuple(x.shape)}")
@@ -105,33 +106,24 @@ def with_noise(
     return low + level * torch.randn(low.shape, generator=generator, device=device).to(low)
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #86689519
-class Paired:
+class Paired(Chancy):
     "Batches of large images with their small ones; the random state of that noise is in theirs."
+    key = "noise"
     def __init__(self,
         batches,           # of (x0, y), such as `Batches`
         low_size:int,      # height and width of the small images
         augment:float=0.0, # noise on the small images
         seed:int=0,        # of that noise
     ):
-        self.batches, self.low_size, self.augment = batches, low_size, augment
-        self.generator = torch.Generator().manual_seed(seed)
-        self.batch = getattr(batches, "batch", None)
-        self.part = getattr(batches, "part", slice(None))     # of several processes each has a part
+        super().__init__(batches, seed)
+        self.low_size, self.augment = low_size, augment
 
-    def __iter__(self): return self
     def __next__(self): # -> x0, {"low": small images, "y": labels if there are any}
         x0, y = next(self.batches)
         low = lower(x0, self.low_size)
-        if self.augment:                                      # drawn for the whole batch
-            noise = torch.randn(self.batch or len(low), *low.shape[1:], generator=self.generator)
-            low = low + self.augment * noise[self.part].to(low)
+        if self.augment:
+            low = low + self.augment * self.drawn(torch.randn, *low.shape).to(low)
         return x0, {"low": low} | ({} if y is None else {"y": y})
-
-    def state_dict(self):
-        return {"batches": self.batches.state_dict(), "noise": self.generator.get_state()}
-    def load_state_dict(self, state, new_data=False): # as for `Batches`
-        self.batches.load_state_dict(state["batches"], new_data)
-        self.generator.set_state(state["noise"])
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #40b6aafc
 def check_stages(base, upsampler, y): # one sentence for two models that do not fit
@@ -151,7 +143,7 @@ def cascade(
     base,             # the model of small images: a `Model`, as `load` returns it
     upsampler,        # the model that enlarges them: another
     n:int,            # how many images
-    steps_base=50, steps_up=50, # steps of each stage, as in `space_timesteps`
+    steps_base=50, steps_up=50, # of each stage, as for `Model.sample`
     seed:int=0,       # of all noise
     y:Tensor|None=None, # labels (n,), for the stages that have classes; None: at random
     progress:bool=False, # draw bars

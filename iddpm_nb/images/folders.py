@@ -201,17 +201,25 @@ class Files:
     whole: str = ""
 
     @property
-    def images(self): return self
+    def images(self):
+        "All images, read now."
+        return self
     @property
-    def shape(self): return torch.Size([len(self.paths), *self.one])
+    def shape(self):
+        "Of all images, (N,C,H,W)."
+        return torch.Size([len(self.paths), *self.one])
     @property
     def sum(self): # of the files, and of how they are read
+        "A checksum of names, sizes and times."
         how = f"{self.size} {self.mode} {tuple(self.one)}".encode()
         return hashlib.sha256(b"".join(self.sums) + how).hexdigest()
 
     def __len__(self): return len(self.paths)
-    def to(self, device): return self
+    def to(self, device:str|torch.device):
+        "The same: files stay where they are."
+        return self
     def take(self, i, name=""): # those with the numbers i (n,)
+        "Some of the files."
         y, numbers = self.labels, i.tolist()
         paths, sums = (tuple(v[j] for j in numbers) for v in (self.paths, self.sums))
         return replace(self, paths=paths, sums=sums, name=name or self.name,

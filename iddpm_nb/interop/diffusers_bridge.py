@@ -118,7 +118,7 @@ OUTER = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedd
          "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1"}
 INNER = {"emb": "time_emb_proj", "skip": "conv_shortcut"}
 
-def place(
+def prefix(
     name:str, # of a block in our network
     block,    # the block
     n:int,    # residual blocks a level
@@ -154,7 +154,7 @@ def unet2d_weights(
                       for k, v in block.state_dict().items()}
         elif isinstance(block, (Down, Up)) or name in OUTER: inside = block.state_dict()
         else: continue
-        found |= {f"{place(name, block, n)}.{k}": v.detach().clone() for k, v in inside.items()}
+        found |= {f"{prefix(name, block, n)}.{k}": v.detach().clone() for k, v in inside.items()}
     return found
 
 def to_unet2d(
@@ -213,7 +213,7 @@ class ConditionalPipeline(DDPMPipeline):
 # %% ../../nbs/interop/02_diffusers_bridge.ipynb #180f1fdd
 def to_diffusers(
     model,        # the trained model, as `load` returns it
-    folder,       # for the files of diffusers: new, or empty
+    folder:str|Path, # for the files of diffusers: new, or empty
 ) -> Path:
     """Write a pipeline that diffusers loads: DDPMPipeline.from_pretrained(folder), or
     `ConditionalPipeline`'s, if labels or a small image are asked for."""
@@ -253,8 +253,8 @@ def drive(
     model,          # the trained model, as `load` returns it
     steps:int,      # of the network
     x_T:Tensor,     # noise to begin with, (N,C,H,W)
-    generator=None, # of the scheduler's noise, if it draws any
-    cond=None,      # further arguments of the network, each with N rows
+    generator:torch.Generator|None=None, # of the scheduler's noise, if it draws any
+    cond:dict|None=None, # further arguments of the network, each with N rows
     **options,      # further arguments of the scheduler's step
 ) -> Tensor: # (N,C,H,W)
     """Sample with a scheduler of diffusers: our network, shown what it was trained to be shown,

@@ -23,7 +23,8 @@ from ..schedule import make_schedule
 from ..unet import UNet
 from ..conditioning.upsampler import Upsampler
 from ..training.described import check_described, is_ours
-from ..training.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from ..training.config import (PRESETS, Config, DataConfig, DiffusionConfig,
+                                      ModelConfig)
 
 # %% ../../nbs/interop/01_openai.ipynb #9a299443
 RENAME = [(re.compile(old), new) for old, new in [
@@ -125,21 +126,23 @@ def released(T:int, schedule="cosine", rescaled=True, loss="hybrid", **network) 
             "schedule": {"name": schedule, "T": T, "rescale_t": rescaled}, "loss": loss,
             "lam": 0.001 if rescaled else 1 / T}
 
-CIFAR = released(4000, channels=128, mult=(1, 2, 2, 2), num_res_blocks=3, attn_resolutions=(16, 8),
-                 image_size=32, dropout=0.3)
-IMAGENET = released(4000, channels=128, mult=(1, 2, 3, 4), num_res_blocks=3,
-                    attn_resolutions=(16, 8), image_size=64)
-LSUN = released(1000, "linear", False, channels=128, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2,
-                attn_resolutions=(16,), image_size=256, num_heads=1, scale_shift=False)
-PRESETS = {"imagenet64_uncond_100M_1500K": IMAGENET,
-           "cifar10_uncond_50M_500K": CIFAR, "imagenet64_cond_270M_250K": released(4000, "cosine",
-            False, channels=192, mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(16, 8),
-            image_size=64, num_classes=1000), "upsample_cond_500K": released(4000, "linear", False,
-            in_channels=6, low_size=64, channels=192, mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2,
-            attn_resolutions=(16, 8), image_size=256, num_classes=1000),
-           "lsun_uncond_100M_1200K_bs128": LSUN, "lsun_uncond_100M_2400K_bs64": LSUN,
-           "imagenet64_uncond_vlb_100M_1500K": IMAGENET | {"loss": "vlb"},
-           "cifar10_uncond_vlb_50M_500K": CIFAR | {"loss": "vlb"}}
+def of_the_paper(preset:str, loss="hybrid") -> dict:
+    "The same, of a file that was trained as one of `config.PRESETS` says."
+    c = PRESETS[preset]
+    low, d = c.data.upsample_from, c.diffusion
+    network = dataclasses.asdict(c.model) | {"image_size": c.data.image_size or 32}
+    if c.data.class_cond: network["num_classes"] = 1000
+    if low: network |= {"in_channels": 6, "low_size": low}
+    return released(d.T, d.schedule, d.rescale_t, loss, **network)
+
+RELEASED = {"imagenet64_uncond_100M_1500K": of_the_paper("imagenet64"),
+            "cifar10_uncond_50M_500K": of_the_paper("cifar10"),
+            "imagenet64_cond_270M_250K": of_the_paper("imagenet64-cond"),
+            "upsample_cond_500K": of_the_paper("imagenet256-upsample"),
+            "lsun_uncond_100M_1200K_bs128": of_the_paper("lsun"),
+            "lsun_uncond_100M_2400K_bs64": of_the_paper("lsun"),
+            "imagenet64_uncond_vlb_100M_1500K": of_the_paper("imagenet64", "vlb"),
+            "cifar10_uncond_vlb_50M_500K": of_the_paper("cifar10", "vlb")}
 
 # %% ../../nbs/interop/01_openai.ipynb #2e11ecb9
 def plain_tensors(
@@ -235,7 +238,7 @@ MORE = ("dropout", "low_size", "groups")     # by hand, but not needed
 
 def choose(
     path:Path,       # the file
-    preset:str|None, # one of `PRESETS`, or None
+    preset:str|None, # one of `RELEASED`, or None
     given:dict,      # of `NEEDED` and `MORE`
 ) -> tuple[str, dict]: # name of the preset or "", and what is known, as in `released`
     "What the tensors do not tell: by preset, by file name, or by hand."
@@ -243,21 +246,21 @@ def choose(
         raise TypeError(f"unknown setting {off[0]}: by hand can be given {', '.join(NEEDED)}, "
                         "dropout, low_size for an upsampler, and groups if they are not 32")
     by_hand = [k for k in NEEDED if k in given]
-    name = preset or next((p for p in PRESETS if p in Path(path).name and not by_hand), None)
+    name = preset or next((p for p in RELEASED if p in Path(path).name and not by_hand), None)
     if name and (said := by_hand + [k for k in MORE[1:] if k in given]):
         raise ValueError(f"preset {name} already says what {said[0]} is: give a preset or "
                          "settings, not both")
     if len(by_hand) == len(NEEDED):
         network = {k: given[k] for k in ("image_size", "num_heads", *MORE) if k in given}
         return "", released(given["T"], given["schedule"], given["rescale_t"], **network)
-    if name not in PRESETS:
+    if name not in RELEASED:
         said = (f"there is no preset {preset!r}" if preset else f"{path}: heads, schedule and T "
                 "cannot be read off tensors, and the name is not that of a released file")
         raise ValueError(f"{said}; choose a preset of "
-                         f"{', '.join(PRESETS)}, or give all of {', '.join(NEEDED)}"
+                         f"{', '.join(RELEASED)}, or give all of {', '.join(NEEDED)}"
                          + f" ({', '.join(k for k in NEEDED if k not in given)} "
                          f"missing)" * bool(by_hand))
-    known = PRESETS[name]
+    known = RELEASED[name]
     return (name, known
             | {"network": known["network"] | {k: given[k] for k in ("dropout",) if k in given}})
 
@@ -308,7 +311,7 @@ def describe_openai(
 def read_openai(
     path,                 # a file of the official layout
     device="cpu",         # where the network should live
-    preset:str|None=None, # one of `PRESETS`; by default by the name of the file
+    preset:str|None=None, # one of `RELEASED`; by default by the name of the file
     **given,              # in place of a preset all of `NEEDED`; with either those of `MORE`
 ) -> tuple[nn.Module, Schedule, dict]: # network in eval mode, schedule, configuration
     "An official checkpoint, with the configuration that it does not carry."
@@ -331,7 +334,8 @@ def read_openai(
 
 # %% ../../nbs/interop/01_openai.ipynb #df643dc2
 def load_openai(
-    path, preset:str|None=None, device="cpu", **given, # as for `read_openai`
+    path:str|Path, preset:str|None=None, device:str|torch.device="cpu",
+    **given, # as for `read_openai`
 ) -> tuple[nn.Module, Schedule]: # a `UNet`, or an `Upsampler`, in eval mode, and its schedule
     "Network and schedule from an official checkpoint."
     return read_openai(path, device, preset, **given)[:2]

@@ -78,7 +78,7 @@ def kept_as(d:Images, features:Features) -> str:
 def reference(
     d:Images,            # the images, or `Files`
     features:Features,   # the network
-    cache=None,          # folder to keep it in; None: nowhere
+    cache:str|Path|None=None, # folder to keep it in; None: nowhere
     **kwargs,            # for `extract`
 ) -> Reference:
     "The reference's features and statistics, from disk if they are there."
@@ -164,8 +164,8 @@ def measure(
     which=("fid", "is", "pr"), # Frechet distance, Inception score, precision and recall
     ks=(3, 5),               # for precision and recall
     infinite:bool=False,     # the Frechet distance extrapolated to infinitely many samples, as well
-    cache=None,              # folder to keep the reference in; None: nowhere
-    chunk:int=256, device="cpu", progress:bool=False,
+    cache:str|Path|None=None, # folder to keep the reference in; None: nowhere
+    chunk:int=256, device:str|torch.device="cpu", progress:bool=False,
 ) -> dict: # plain JSON: "figures", each with name and value, and the protocol
     "Compare samples with a reference."
     a, b, start = as_images(samples), as_images(ref), time.perf_counter()

@@ -65,7 +65,7 @@ def fit_classifier(
     d:Images,            # labelled images
     name:str,            # what they are called
     steps:int=300, batch:int=128, seed:int=0,
-    device="cpu",
+    device:str|torch.device="cpu",
     progress:bool=False, # draw a bar
 ) -> Features: # the network before its last layer; 32 features
     "Train a small classifier. The same seed on the same machine gives the same network."
@@ -116,7 +116,7 @@ def extract(
     features:Features,   # the network
     d:Images,            # the images, or `Files` on the disk
     chunk:int=256,       # images at a time
-    device="cpu",
+    device:str|torch.device="cpu",
     progress:bool=False, # draw a bar
 ) -> tuple[Tensor, Tensor|None]: # features (N,F); logits (N,K) if there are any; on the CPU
     "What the network makes of all images."
@@ -197,7 +197,7 @@ def imported(name:str): # module:function
 # %% ../../nbs/measuring/02_features.ipynb #08b13409
 def get_features(
     name:str,       # "inception"; "digits" or a labelled set; a TorchScript .pt; "module:function"
-    device="cpu", root:str="data",
+    device:str|torch.device="cpu", root:str="data",
     size=None, mode:str="RGB", # of image files to train a classifier with
     progress:bool=False, skip_broken:bool=False, # go on without files that cannot be read
 ) -> Features:

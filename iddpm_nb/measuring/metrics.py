@@ -57,7 +57,7 @@ def frechet(
 def frechet_infinite(
     feats:Tensor,   # of the samples, (N,F)
     ref:dict,       # `statistics` of the reference
-    generator=None, # of the subsets
+    generator:torch.Generator|None=None, # of the subsets
     draws:int=5,    # subsets of each size
 ) -> float:
     "The Frechet distance to a reference, extrapolated to infinitely many samples by a line in 1/N."
@@ -93,7 +93,7 @@ def precision_recall(
     feats:Tensor, ref:Tensor, # of the samples (N,F) and of the reference (M,F)
     k:int=3,                  # each ball reaches to its k-th nearest neighbour
     chunk:int=1000,           # rows of the table of distances at a time
-    device="cpu",
+    device:str|torch.device="cpu",
 ) -> tuple[float, float]: # precision and recall, in 0..1
     """The share of samples among the reference, and of the reference among samples (Kynkaanniemi et
     al. 2019)."""

@@ -29,6 +29,7 @@ class Row:
 
     @property
     def name(self):
+        "As in records and on the command line."
         return "-".join([self.schedule, str(self.T), self.loss, *(f"{v}{k}" for k in ("channels",
                     "groups", "clip", "steps") if (v := getattr(self, k)) is not None)])
 

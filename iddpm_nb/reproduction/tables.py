@@ -28,7 +28,7 @@ from ..measuring.compare import reference
 from ..running.model import Model, load, machine
 from ..running.run import LOCK, pick_device, reading, recall, saved_config, train_run
 from ..cli.commands import command, options, printed
-from .studies import (Task, bits, few_steps, full_length, gradients,
+from .studies import (Task, few_steps, full_length, gradients, held_out_bits,
                                            respaced_bits, samples, skipped)
 from .lines import SCALES, Row, Scale, gpu_hours, row_config
 
@@ -63,8 +63,8 @@ def trained(
     return load(folder, device=pick_device(device))
 
 # %% ../../nbs/reproduction/04_tables.ipynb #0c9b5e13
-STUDIES = {f.__name__: f for f in (bits, samples, few_steps, respaced_bits, skipped, gradients,
-                                   full_length)}
+STUDIES = {"bits": held_out_bits} | {f.__name__: f for f in (samples, few_steps, respaced_bits,
+            skipped, gradients, full_length)}
 MACHINE = {"data": ("root", "workers", "on_disk"), "train": ("threads",)} # what it alone decides
 
 def lasting(c:Config) -> dict: # plain JSON
@@ -167,7 +167,7 @@ class TablesOptions:
     device: str | None = None    # cpu, cuda, ...; by default a GPU if there is one
     plan: bool = False           # only say what there is to do
 
-def chosen(what:str, names:str, among:dict) -> dict: # those named, or all
+def picked(what:str, names:str, among:dict) -> dict: # those named, or all
     wanted = list(among) if names == "all" else [n.strip() for n in names.split(",")]
     unknown = [shown(n) for n in wanted if n not in among]
     require(not unknown, f"unknown {what} {', '.join(unknown)}: choose all, or among "
@@ -203,14 +203,14 @@ def headline(o:TablesOptions, scale:Scale, row:Row, seed:int) -> str:
 
 # %% ../../nbs/reproduction/04_tables.ipynb #68da2b2f
 @command
-def iddpm_tables(args=None):
+def iddpm_tables(args:list[str]|None=None):
     "Run lines of the paper's tables."
     o = options(TablesOptions, args, "iddpm_tables")
     one = int(os.environ.get("WORLD_SIZE", 1)) == 1
     require(one, "lines are run by one process: start it without torchrun")
     scale, seeds = scale_of(o), seeds_of(o)
-    rows = chosen("rows", o.rows, {r.name: r for r in scale.rows})
-    studies = tuple(chosen("studies", o.studies, STUDIES))
+    rows = picked("rows", o.rows, {r.name: r for r in scale.rows})
+    studies = tuple(picked("studies", o.studies, STUDIES))
     runs, out = (Path(p) / o.scale for p in (o.runs, o.out))
     if not o.plan:                            # what is missing is missed before the training
         fidelity()

@@ -24,7 +24,7 @@ from ..data import Images, free_memory, shipped, to_float
 from ..pictures import image_grid
 from ..forward import Schedule
 from ..train import Alone
-from ..sampling import sample
+from ..sampling import Sampling, sample
 from ..nearest import class_probs, nearest
 from ..likelihood import Bits, bits_per_dim, histogram_bits
 from ..conditioning.labels import Guided
@@ -70,7 +70,7 @@ class Model:
         check_seed(seed)
         return torch.Generator(next(self.net.parameters()).device).manual_seed(seed)
 
-    def random_labels(self, n:int, generator) -> Tensor: # int64 (n,)
+    def random_labels(self, n:int, generator:torch.Generator) -> Tensor: # int64 (n,)
         "The classes that `sample` draws if it is told none: a generator's first numbers."
         k = len(self.config.get("classes", ()))
         require(k, "this model does not say how many classes it has: give labels")
@@ -78,14 +78,14 @@ class Model:
 
     def sample(self,
         n:int=64,             # how many
-        steps=50,             # as in `space_timesteps`; None: all
-        seed:int=0, method:str="ddpm", eta:float=0.0, variance:str|None=None, progress:bool=False,
+        steps=50,             # as in `space_timesteps`, None: all; or a `Sampling`
+        seed:int=0, progress:bool=False,
         cond:dict|None=None,  # labels "y", small images "low"; of random classes if it names none
         guidance:float=1.0,   # see chapter conditioning/01
-        chunk:int|None=None,  # images at a time; None: as many as fit (training/09)
-        **kwargs,             # of `sampling.sample`
+        x_T:Tensor|None=None, callback=None, # as for `sampling.sample`
+        **how,                # of `Sampling`; the variance is the model's if none is named
     ) -> Tensor: # (n,C,H,W) in [-1,1]
-        "Images."
+        "Images. If no chunk is named, the network is shown as many at a time as fit (training/09)."
         generator, cond, shape = self.random_numbers(seed), dict(cond or {}), self.config["shape"]
         network, k = self.config.get("network", {}), len(self.config.get("classes", ()))
         low = network.get("low_size")
@@ -97,11 +97,13 @@ class Model:
             cond["y"] = self.random_labels(n, generator)
         copies, net = 1 if guidance == 1 else 2, self.net
         if copies == 2: net = Guided(net, guidance, k)
-        if chunk is None:
-            chunk = images_at_a_time(self.net, shape, generator.device, cond, copies)
-        return sample(net, self.schedule, (n, *shape), steps, method, eta, generator, cond,
-                      progress=progress, variance=variance or self.config["variance"],
-                      chunk=chunk, **kwargs)
+        if not isinstance(steps, Sampling):
+            steps = Sampling(steps, **{"variance": self.config["variance"], "chunk": None} | how)
+        if steps.chunk is None:
+            fitting = images_at_a_time(self.net, shape, generator.device, cond, copies)
+            steps = replace(steps, chunk=fitting)
+        return sample(net, self.schedule, (n, *shape), steps, generator=generator, cond=cond,
+                      progress=progress, x_T=x_T, callback=callback)
 
     def bits_per_dim(self,
         images:Tensor,        # uint8, or float in [-1,1]
@@ -169,10 +171,10 @@ TO_SAMPLE = "network", "schedule", "shape", "variance"
 
 # %% ../../nbs/running/01_model.ipynb #18769174
 def load(
-    path,           # a run's folder, one of its checkpoints, a file of ours, or an official file;
+    path:str|Path,  # a run's folder, one of its checkpoints, a file of ours, or an official file;
                     # "digits", if there is nothing of that name: the model that comes along
     weights:str="", # of a folder: "model" (as trained last) or "ema_RATE"; or the first average
-    device="cpu",   # where the network should live
+    device:str|torch.device="cpu", # where the network should live
     preset:str|None=None, # of an official file whose name does not say which one it is
 ) -> Model:
     "A trained model by path; of an official file the name says what it does not carry, as a rule."

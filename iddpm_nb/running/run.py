@@ -372,7 +372,7 @@ def train_run(
     c:Config,            # what to do
     out=None,            # its folder; None: runs/NAME
     resume_from=None,    # the folder of a run to continue, in place of `out`
-    device=None,         # None: a GPU if there is one
+    device:str|torch.device|None=None, # None: a GPU if there is one
     progress:bool=True,  # draw bars
     say=say,             # where messages go
     judged:bool=True,    # draw samples and measure them and the held-out images at the end

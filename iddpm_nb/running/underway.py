@@ -25,7 +25,7 @@ from ..checks import no_memory, shown
 from ..data import Images, to_float
 from ..pictures import say
 from ..forward import model_time, q_sample
-from ..train import Training, autocast, objective, train
+from ..train import Stepping, Training, autocast, objective, train
 from ..conditioning.upsampler import asked_for
 from ..training.files import write
 from ..training.checkpoint import checkpoints, mark_best, save_checkpoint
@@ -192,8 +192,8 @@ def follow(
     if w.writes: w.writer = board(w.folder, run.step)
     measure_what_is_missing(w)
     clock = time.perf_counter() - run.seconds
-    steps = train(run, w.model.schedule, t.steps, d.loss, t.lr, t.warmup, t.anneal,
-                  t.precision, d.lam, t.micro, t.clip)
+    how = Stepping(t.precision, t.micro, t.clip)
+    steps = train(run, w.model.schedule, t.steps, d.loss, t.lr, t.warmup, t.anneal, d.lam, how)
     try:
         with between_steps(run.team.size == 1) as asked:
             for m in watch(steps, t.steps, t.log_every, run.step, progress and w.writes):

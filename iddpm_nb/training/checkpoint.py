@@ -98,7 +98,7 @@ def check_weights(
 # %% ../../nbs/training/03_checkpoint.ipynb #ccbe1804
 def load_model(
     path:Path,    # a file that `save_model` wrote
-    device="cpu", # where the network should live
+    device:str|torch.device="cpu", # where the network should live
 ) -> tuple[nn.Module, Schedule, dict]: # network in eval mode, schedule, configuration
     "A trained network with all it needs."
     shapes, config = read_header(path)

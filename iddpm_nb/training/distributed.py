@@ -92,7 +92,7 @@ def meet(
 # %% ../../nbs/training/04_distributed.ipynb #6363df19
 @contextmanager
 def join(
-    device=None,        # see `seat`
+    device:str|torch.device|None=None, # see `seat`
     minutes:float=30.0, # how long a process waits for the others before it gives up
 ) -> Iterator: # `Team`, or `Alone`
     "The team that torchrun started, left at the end. One process never initialises distribution."

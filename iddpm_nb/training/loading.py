@@ -66,7 +66,8 @@ def let_go(
 # %% ../../nbs/training/07_loading.ipynb #b0a1de35
 class Prefetch(Batches):
     "`Batches` made by workers ahead of time: for `Files`, or `Images` that the device cannot hold."
-    def __init__(self, data, batch:int=64, seed:int=0, device="cpu", flip:bool=False,
+    def __init__(self,
+        data, batch:int=64, seed:int=0, device:str|torch.device="cpu", flip:bool=False,
         share:tuple=(0, 1), # all as for `Batches`
         workers:int=2,      # processes that read ahead; 0: none
     ):
@@ -75,15 +76,18 @@ class Prefetch(Batches):
         self.restart()
 
     def restart(self):
+        "Begin again from what was handed out."
         self.ahead, self.plans, self.here = None, deque(), Batches.state_dict(self)
 
     def plan(self):
+        "What is to be read next."
         while True:
             i, mirror = self.draw()
             self.plans.append((i, mirror, Batches.state_dict(self)))
             yield i.tolist()
 
     def load(self):
+        "Read it."
         plan = Prefetch.plan(weakref.proxy(self))       # no circle: workers end with this object,
         Finalize(None, let_go, [weakref.ref(self)], exitpriority=10)    # or when its process ends
         return iter(DataLoader(Rows(self.images), batch_sampler=plan, num_workers=self.workers,
@@ -100,15 +104,18 @@ class Prefetch(Batches):
         return to_float(x if mirror is None else mirrored(x, mirror)), y
 
     def state_dict(self):
+        "What continues from here."
         return {k: self.here[k] for k in ("order", "generator")} | self.seen()
-    def load_state_dict(self, state, new_data=False):
+    def load_state_dict(self, state:dict, new_data:bool=False):
+        "Continue from there."
         super().load_state_dict(state, new_data)
         self.restart()
 
 # %% ../../nbs/training/07_loading.ipynb #3702f2f5
 def make_batches(
     data,                # `Images` or `Files`
-    batch:int=64, seed:int=0, device="cpu", flip:bool=False, share:tuple=(0, 1), # as for `Batches`
+    batch:int=64, seed:int=0, device:str|torch.device="cpu", flip:bool=False,
+    share:tuple=(0, 1), # as for `Batches`
     workers:int|None=None, # that read ahead where it is needed; None: one for each two processors,
                            # 8 at most
 ) -> Batches:

@@ -95,7 +95,7 @@ def only_shown(
         warn_once(what, str(e) or type(e).__name__)
 
 # %% ../../nbs/training/06_log.ipynb #8304289d
-class Row(Struct):
+class Reading(Struct):
     "A line of metrics.jsonl: what it may hold."
     step: Annotated[int, Meta(ge=0)]
     loss: float | UnsetType = UNSET
@@ -118,13 +118,13 @@ def append(
 
 def row_of(line, path) -> dict | None: # a line of metrics.jsonl; None if it is none
     try:
-        checked(row := parsed(line, path), Row)
+        checked(row := parsed(line, path), Reading)
     except ValueError:
         return None
     return row
 
 # %% ../../nbs/training/06_log.ipynb #8f6572af
-KEPT = Row.__struct_fields__
+KEPT = Reading.__struct_fields__
 
 def log(
     folder:Path, # a run

@@ -79,8 +79,8 @@ MOST = 256   # images at a time, in each process
 def images_at_a_time(
     net:nn.Module, # as it will be called
     shape,         # of one image, (C,H,W)
-    device,        # where it runs
-    cond=None,     # further arguments of the network, each with a row for each image
+    device:str|torch.device, # where it runs
+    cond:dict|None=None, # further arguments of the network, each with a row for each image
     copies:int=1,  # of each image that the network is shown at once: 2 with guidance
 ) -> int: # for all processes of the network's team together
     "As many as fit into half of the free memory: a power of two, at most 256 in each process."
@@ -132,13 +132,13 @@ def step_memory(
             x, eps, t = (torch.empty(images, *more) for more in (shape, shape, ()))
             cond = {"y": t.long()} if known.get("num_classes") else {}
             if h := known.get("low_size"): cond["low"] = torch.empty(images, C, h, h)
-            train_step(net, opt, s, x, t.long(), t, eps, loss, cond, "float32")
+            train_step(net, opt, s, x, t.long(), t, eps, loss, cond, precision="float32")
     return sum(p.numel() for p in net.parameters()), seen.peak
 
 # %% ../../nbs/training/09_memory.ipynb #18b15e1c
 def training_memory(
     about:dict,       # what its checkpoints will carry: see `config.describe`
-    device="cpu",     # where it trains
+    device:str|torch.device="cpu", # where it trains
     processes:int=1,  # that share the batch
     micro:int|None=None, # images at a time; None: as the configuration says
 ) -> int: # bytes, in each process

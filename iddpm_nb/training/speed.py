@@ -35,7 +35,7 @@ def flops(
 
 # %% ../../nbs/training/08_speed.ipynb #3cf2780b
 def product_rate(
-    device="cpu",        # what is measured
+    device:str|torch.device="cpu", # what is measured
     dtype=torch.float32, # kind of number
     n:int|None=None,     # size of the matrices; None: 8192 on a GPU, 2048 on a CPU
     repeats:int=5,
@@ -61,7 +61,7 @@ def native_bfloat16() -> bool:
 # %% ../../nbs/training/08_speed.ipynb #e4cdc697
 def pick_precision(
     precision:str,  # "float32", "bfloat16" or "auto"
-    device,         # where the network runs
+    device:str|torch.device, # where the network runs
     image_size:int, # height and width of the images
 ) -> str: # "float32" or "bfloat16"
     "The kind of number for the network; auto asks the processor, a CPU only for 32x32 and more."
@@ -83,13 +83,14 @@ class InPrecision(Wrapped):
         self.precision = precision
 
     def forward(self, x:Tensor, t:Tensor, **cond) -> Tensor:
+        "The network's output, in float32."
         with autocast(x.device, self.precision):
             return self.net(x, t, **cond).float()
 
 # %% ../../nbs/training/08_speed.ipynb #6f6cd728
 def fast_network(
     net:nn.Module,        # the network; it is changed in place and stays itself
-    device,               # where it runs
+    device:str|torch.device, # where it runs
     compile:str="auto",   # "off", "on", "graphs" (with CUDA graphs), or "auto": on for a GPU
     wrap=lambda net: net, # puts the network into what averages its gradients over processes
 ) -> nn.Module: # what is to be called

@@ -257,8 +257,9 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         emb_dim, sizes = 4 * channels, (channels, mult, num_res_blocks, image_size)
         res = lambda c1, c2: ResBlock(c1, c2, emb_dim, dropout, scale_shift, groups)
-        blocks = lambda c1, c2, size: [res(c1, c2)] + [Attention(c2, num_heads,
-                    groups)] * (size in attn_resolutions)
+        def blocks(c1, c2, size):   # both are made: one seed, one start, wherever attention is
+            made = [res(c1, c2), Attention(c2, num_heads, groups)]
+            return made if size in attn_resolutions else made[:1]
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(),
                                         nn.Linear(emb_dim, emb_dim))
         if num_classes: self.label_embed = nn.Embedding(num_classes, emb_dim)

@@ -9,7 +9,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import book
+import freshness
 import layers
+import lines
 import same_numbers
 
 
@@ -104,3 +106,74 @@ def test_the_order_of_the_folders_is_the_one_on_disk():
     assert there == set(book.FOLDERS) - {""}
     for name in there:
         assert (ROOT / "iddpm_nb" / name / "__init__.py").read_text().startswith('"""')
+
+
+@pytest.mark.parametrize("text", [
+    "for x in y: f(x)", "while x: f()", "with x: f()", "try: f()\nexcept E:\n    g()",
+    "try:\n    f()\nexcept E: g()", "try:\n    f()\nfinally: g()", "if x: f(); g()",
+    "for x in y:\n    f(x)\nelse: g()", "def f():\n    for x in y: g()",
+    "class A: x = 1; y = 2"])
+def test_a_body_that_shares_its_line_is_seen(text):
+    assert list(lines.crowded(text))
+
+
+@pytest.mark.parametrize("text", [
+    "if x: f()", "if x: f()\nelif y: g()\nelse: h()", "def f(x): return x", "class A(B): pass",
+    "if x:\n    f()\nelse:\n    if y: g()", "for x in y:\n    if x: continue",
+    "x = [f(y) for y in z]", "if (x and\n        y): f()"])
+def test_a_guard_and_a_one_line_function_may_stay(text):
+    assert not list(lines.crowded(text))
+
+
+def test_long_code_is_seen():
+    body = "".join(f"    x = {i}\n" for i in range(26))
+    assert list(lines.too_long(f"def f():\n{body}"))
+    short = body.removesuffix("    x = 25\n")
+    assert not list(lines.too_long(f"def f():\n    'What it does.'\n{short}"))
+    assert list(lines.too_long("x = 1\n" * 401)) and not list(lines.too_long("x = 1\n\n" * 400))
+
+
+def test_what_a_source_means():
+    mean = freshness.meaning
+    assert mean("def f(x):\n    'Says.'\n    return (x +\n            1)  # why") == mean(
+        "def f(x):\n\n    return x + 1")
+    assert mean("x = 1; y = 2") == mean("x = 1\ny = 2")
+    assert mean("x = 1") != mean("x = 2") and mean("%time x") == "%time x"
+
+
+def test_hashes_are_compared_as_far_as_they_can_be():
+    same = freshness.same
+    assert same("out 3.11 code", "out 3.11 code") and same("out 3.12 other", "out 3.11 code")
+    assert not same("out 3.11 other", "out 3.11 code")
+    assert not same("other 3.12 code", "out 3.11 code")
+    assert not same(None, "3.11 code") and not same("deadbeef", "out 3.11 code")
+
+
+HASHES = """
+import sys
+sys.path.insert(0, "tools")
+import nbformat
+from freshness import used
+nb = nbformat.v4.new_notebook()
+for line in ("from iddpm_nb.losses import l_vlb", "import iddpm_nb; iddpm_nb.load('digits')",
+             "from iddpm_nb import checks", "import torch"):
+    nb.cells = [nbformat.v4.new_code_cell(line)]
+    print(used(nb))
+"""
+
+
+@pytest.mark.parametrize("module, old, new, changed", [
+    ("forward", "alpha_bar = (1 - beta).cumprod(0)", "alpha_bar = (1 - beta).cumprod(-1)", "11.."),
+    ("running/model", "check_seed(seed)", "check_seed(seed + 0)", ".1.."),
+    ("checks", "def require(", "def require (", "...."),
+    ("checks", "assert gap <= tol", "assert gap < tol", "111.")])
+def test_the_code_that_a_chapter_uses_is_known(copy, module, old, new, changed):
+    def hashes():
+        ran = subprocess.run([sys.executable, "-c", HASHES], cwd=copy, text=True,
+                             capture_output=True, check=True)
+        return ran.stdout.splitlines()
+    before, path = hashes(), copy / "iddpm_nb" / f"{module}.py"
+    assert len(set(before)) == 4 and old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    now = "".join("1" if a != b else "." for a, b in zip(before, hashes()))
+    assert now == changed

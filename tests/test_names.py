@@ -190,3 +190,36 @@ def test_commands_keep_their_names():
         module, _, function = place.partition(":")
         command = getattr(importlib.import_module(module), function)
         assert inspect.isfunction(command) and command.__name__ == name
+
+
+def modules():
+    "Every module of the package, by its name within it."
+    root = ROOT / "iddpm_nb"
+    for path in sorted(root.rglob("*.py")):
+        if not path.name.startswith("_"):
+            yield path.relative_to(root).with_suffix("").as_posix().replace("/", ".")
+
+
+def test_public_names_are_few_documented_and_one_thing_each():
+    public = {name: importlib.import_module(f"iddpm_nb.{name}") for name in modules()}
+    names = [n for module in public.values() for n in module.__all__]
+    assert len(names) == len(set(names)) <= 160, len(names)
+    for module in public.values():
+        for n in module.__all__:
+            thing = getattr(module, n)
+            if callable(thing): assert inspect.getdoc(thing), f"{module.__name__}.{n}"
+    for place, _ in everything():
+        module, _, name = place.partition(":")
+        if module in public: assert name.partition(".")[0] in public[module].__all__, place
+
+
+def test_a_name_means_one_thing_in_the_whole_package():
+    homes = {}
+    for name in modules():
+        module = importlib.import_module(f"iddpm_nb.{name}")
+        for n, thing in vars(module).items():
+            own = getattr(thing, "__module__", "") == module.__name__
+            if own and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                homes.setdefault(n, []).append(name)
+    assert len(homes) > 400
+    assert {n: places for n, places in homes.items() if len(places) > 1} == {}

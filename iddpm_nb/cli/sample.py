@@ -187,7 +187,8 @@ def write_samples(made:dict, png:Path, o:SampleOptions) -> str: # what was writt
     "All images as numbers first, then a picture of some; if that fails, it is a warning."
     npz, n = png.with_suffix(".npz"), len(made["images"])
     arrays = {k: plain(v) for k, v in made.items()} | {"asked": words_of(o)}
-    np.savez_compressed(data := io.BytesIO(), **arrays)
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
     write(npz, data.getbuffer())
     try:
         save_picture(image_grid(made["images"][:MOST_SHOWN]), png)

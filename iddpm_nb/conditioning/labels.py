@@ -14,7 +14,8 @@ from ..nearest import class_probs
 # %% ../../nbs/conditioning/01_labels.ipynb #a571cd26
 def _listed(names): # for a sentence
     names = [shown(c) for c in names]
-    return ", ".join(names[:20]) + f", ... ({len(names)} in all)" * (len(names) > 20)
+    if len(names) <= 20: return ", ".join(names)
+    return ", ".join(names[:20]) + f", ... ({len(names)} in all)"
 
 def class_numbers(
     spec,    # "seven,3", 7, or a list: names or numbers

@@ -20,8 +20,9 @@ def block_mean(
     size:int, # the new height and width; must divide H
 ) -> Tensor: # float (B,C,size,size)
     "The mean of each block of pixels."
-    if x.ndim != 4 or (H := x.shape[-1]) != x.shape[-2]:
-        raise ValueError(f"images must be square, (B,C,H,H), got {tuple(x.shape)}")
+    H = x.shape[-1]
+    require(x.ndim == 4 and H == x.shape[-2],
+            f"images must be square, (B,C,H,H), got {tuple(x.shape)}")
     require(size >= 1 and H % size == 0, f"images of {H}x{H} cannot be made {size}x{size} by "
             f"averaging blocks: {H} is no multiple of {size}")
     return F.avg_pool2d(x, H // size)
@@ -197,8 +198,8 @@ def what_is_given(
     network:dict, # arguments of the network
 ) -> list[str]:
     "What the bits per dimension of a model leave out, in words."
-    return (["label"] * bool(network.get("num_classes"))
-            + ["small image"] * bool(network.get("low_size")))
+    words = {"num_classes": "label", "low_size": "small image"}
+    return [word for k, word in words.items() if network.get(k)]
 
 def to_show(
     config:dict,        # of a model

@@ -247,8 +247,9 @@ def choose(
                         "dropout, low_size for an upsampler, and groups if they are not 32")
     by_hand = [k for k in NEEDED if k in given]
     name = preset or next((p for p in RELEASED if p in Path(path).name and not by_hand), None)
-    if name and (said := by_hand + [k for k in MORE[1:] if k in given]):
-        raise ValueError(f"preset {name} already says what {said[0]} is: give a preset or "
+    twice = by_hand + [k for k in MORE[1:] if k in given]
+    if name and twice:
+        raise ValueError(f"preset {name} already says what {twice[0]} is: give a preset or "
                          "settings, not both")
     if len(by_hand) == len(NEEDED):
         network = {k: given[k] for k in ("image_size", "num_heads", *MORE) if k in given}
@@ -256,13 +257,13 @@ def choose(
     if name not in RELEASED:
         said = (f"there is no preset {preset!r}" if preset else f"{path}: heads, schedule and T "
                 "cannot be read off tensors, and the name is not that of a released file")
-        raise ValueError(f"{said}; choose a preset of "
-                         f"{', '.join(RELEASED)}, or give all of {', '.join(NEEDED)}"
-                         + f" ({', '.join(k for k in NEEDED if k not in given)} "
-                         f"missing)" * bool(by_hand))
+        gone = ", ".join(k for k in NEEDED if k not in given)
+        missing = f" ({gone} missing)" if by_hand else ""
+        raise ValueError(f"{said}; choose a preset of {', '.join(RELEASED)}, or give all of "
+                         f"{', '.join(NEEDED)}{missing}")
     known = RELEASED[name]
-    return (name, known
-            | {"network": known["network"] | {k: given[k] for k in ("dropout",) if k in given}})
+    network = known["network"] | {k: given[k] for k in ("dropout",) if k in given}
+    return name, known | {"network": network}
 
 def check_preset(
     name:str,    # the preset, "" if there is none

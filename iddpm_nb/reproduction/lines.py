@@ -30,8 +30,9 @@ class Row:
     @property
     def name(self):
         "As in records and on the command line."
-        return "-".join([self.schedule, str(self.T), self.loss, *(f"{v}{k}" for k in ("channels",
-                    "groups", "clip", "steps") if (v := getattr(self, k)) is not None)])
+        own = {k: getattr(self, k) for k in ("channels", "groups", "clip", "steps")}
+        more = [f"{v}{k}" for k, v in own.items() if v is not None]
+        return "-".join([self.schedule, str(self.T), self.loss, *more])
 
 # %% ../../nbs/reproduction/03_lines.ipynb #68499c5a
 def paper_rows(
@@ -108,14 +109,14 @@ def row_config(
     """The run behind a line. L_simple has the fixed variance beta, L_vlb draws t by importance; a
     wider network learns more slowly, lr ~ 1/sqrt(channels)."""
     b = scale.base
-    model = replace(b.model, **{k: v for k in ("channels", "groups", "dropout")
-                                if (v := getattr(row, k)) is not None})
+    def named(*names): return {k: getattr(row, k) for k in names if getattr(row, k) is not None}
+    model = replace(b.model, **named("channels", "groups", "dropout"))
     diffusion = replace(b.diffusion, T=row.T, schedule=row.schedule, loss=row.loss,
                         variance="beta" if row.loss == "simple" else "learned",
                         sampler="importance" if row.loss == "vlb" else "uniform")
-    train = {k: v for k in ("clip", "steps") if (v := getattr(row, k)) is not None}
-    return Config(replace(b.data, root=root), model, diffusion, replace(b.train, seed=seed,
-                lr=b.train.lr * (b.model.channels / model.channels)**0.5, **train))
+    lr = b.train.lr * (b.model.channels / model.channels)**0.5
+    train = replace(b.train, seed=seed, lr=lr, **named("clip", "steps"))
+    return Config(replace(b.data, root=root), model, diffusion, train)
 
 # %% ../../nbs/reproduction/03_lines.ipynb #1048619d
 def training_operations(scale:Scale, row:Row) -> float:

@@ -201,7 +201,8 @@ def save_picture(
 ):
     "A picture that is whole or not there."
     from PIL import Image
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(data := io.BytesIO(), "PNG")
+    data = io.BytesIO()
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(data, "PNG")
     write(path, data.getbuffer())
 
 def grid_file(

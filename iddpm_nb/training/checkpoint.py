@@ -298,7 +298,8 @@ def write_files(folder, run, config, state): # the files of one checkpoint, thei
     save_model(folder / "model.safetensors", run.net, config)
     for e in run.emas:
         save_model(folder / ema_file(e.name), e.net, config)
-    torch.save(state, data := io.BytesIO())
+    data = io.BytesIO()
+    torch.save(state, data)
     write(folder / "state.pt", data.getvalue())
     sums = {p.name: checksum(p) for p in sorted(folder.iterdir())}
     write(folder / "checksums.json", json.dumps(sums, indent=1).encode())

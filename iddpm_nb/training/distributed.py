@@ -41,12 +41,14 @@ class Team:
 
     def share(self, x):
         "What the first process has, for all: any small object."
-        dist.broadcast_object_list(box := [x], 0, device=torch.device("cpu"))
+        box = [x]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     def any(self, flag:bool) -> bool:
         "Whether it is true for any process. Processes wait for each other here, GPUs do not."
-        dist.all_reduce(x := torch.tensor([int(flag)]), dist.ReduceOp.MAX)
+        x = torch.tensor([int(flag)])
+        dist.all_reduce(x, dist.ReduceOp.MAX)
         return bool(x.item())
 
 # %% ../../nbs/training/04_distributed.ipynb #912be9c9
@@ -99,7 +101,8 @@ def join(
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Alone()
         return
-    meet(device := seat(device), minutes)
+    device = seat(device)
+    meet(device, minutes)
     try:
         yield Team(device)
     except KeyboardInterrupt:                # all stop together

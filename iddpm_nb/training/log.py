@@ -118,7 +118,8 @@ def append(
 
 def row_of(line, path) -> dict | None: # a line of metrics.jsonl; None if it is none
     try:
-        checked(row := parsed(line, path), Reading)
+        row = parsed(line, path)
+        checked(row, Reading)
     except ValueError:
         return None
     return row
@@ -191,8 +192,9 @@ def curve(
         warnings.filterwarnings("ignore", "Glyph")                 # a letter that the font lacks
         name = shown(path.parent.name).replace("$", r"\$")         # or it would be a formula
         fig = curves(read_log(folder), f"{name}: means between entries of metrics.jsonl")
+        data = io.BytesIO()
         try:
-            fig.savefig(data := io.BytesIO(), dpi=120)
+            fig.savefig(data, dpi=120)
         finally:
             plt.close(fig)
         write(path, data.getvalue())

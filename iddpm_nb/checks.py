@@ -20,7 +20,7 @@ import torch
 
 # %% ../nbs/00a_checks.ipynb #e9c96a93
 def close(
-    a, b,        # numbers, arrays or tensors that broadcast
+    a:object, b:object, # numbers, arrays or tensors that broadcast
     tol:float,   # how far apart they may lie
     what:str="", # named in the message
 ) -> float: # how far apart they do lie
@@ -32,7 +32,7 @@ def close(
 
 # %% ../nbs/00a_checks.ipynb #cf716e22
 def must_fail(
-    check,   # a function of no arguments that asserts something
+    check:object, # a function of no arguments that asserts something
     **wrong, # broken variants, by the names under which the check finds the right ones
 ) -> str: # what the check had to say
     "Assert that a check notices a mistake: it must raise an AssertionError."
@@ -58,9 +58,9 @@ def must_fail(
 
 # %% ../nbs/00a_checks.ipynb #2ad23a2c
 def refused(
-    f,                  # a function
+    f:object,           # a function
     *args,              # its arguments
-    error=ValueError,   # the kind of error that it must raise
+    error:type=ValueError, # the kind of error that it must raise
     **kwargs,
 ) -> str: # the sentence that the user reads
     "Assert that a call is refused."
@@ -72,9 +72,9 @@ def refused(
 
 # %% ../nbs/00a_checks.ipynb #28584bc1
 def require(
-    ok,               # what must hold
+    ok:object,        # what must hold
     sentence:str,     # what the user reads if it does not, and what can be done
-    error=ValueError, # the kind of error
+    error:type=ValueError, # the kind of error
 ):
     "Refuse bad input in one sentence."
     if not ok: raise error(sentence)

@@ -289,7 +289,7 @@ def parts(
 
 # %% ../nbs/00b_data.ipynb #e8622760
 def held_out(
-    sums, # of N images
+    sums:Tensor, # of N images
 ) -> Tensor: # bool (N,)
     "Which images are held out: about one in ten, by their content alone."
     n, first = len(sums), min(sums, default=b"")

@@ -25,8 +25,8 @@ class Schedule:
 
     @classmethod
     def from_betas(cls,
-        beta,          # T numbers in (0,1): tensor, array or list
-        t_model=None,  # T numbers shown to the network; None: t times 1000/T
+        beta:object,   # T numbers in (0,1): tensor, array or list
+        t_model:object=None, # T numbers shown to the network; None: t times 1000/T
     ) -> "Schedule":
         "All tables from the betas, formed in float64."
         beta = torch.as_tensor(beta, dtype=torch.float64).clone()     # nobody else's memory

@@ -32,7 +32,7 @@ class Bits(NamedTuple):
 # %% ../nbs/10_likelihood.ipynb #b2d1221a
 def choose_t(
     T:int,              # steps of the schedule
-    num_t,              # how many to evaluate; None, or as many as there are or more: all
+    num_t:int|None,     # how many to evaluate; None, or as many as there are or more: all
     batch:int,          # for how many images
     generator:torch.Generator|None=None, # of the draws
 ) -> tuple[Tensor, Tensor]: # t int64 (B,K) ascending, weights float64 (K,)
@@ -75,7 +75,7 @@ def term(net, s, x0, t, eps, cond, clip_x0, variance):
 # %% ../nbs/10_likelihood.ipynb #995fead7
 @torch.no_grad()
 def bits_per_dim(
-    net,                    # (x, t_model, **cond) -> out; a module is put into eval mode
+    net:object,             # (x, t_model, **cond) -> out; a module is put into eval mode
     s:Schedule,             # the schedule, possibly respaced
     x0:Tensor,              # images, (B,C,H,W), float in [-1,1], on the 256 levels
     clip_x0:bool=True,      # clamp x0_hat to [-1,1], as the paper does

@@ -60,8 +60,8 @@ def save_grid(
 def show_images(
     x:Tensor,           # as for `image_grid`
     caption:str="",     # what to notice
-    rows=None,          # a label for each row
-    cols=None,          # a label for each column
+    rows:list|None=None, # a label for each row
+    cols:list|None=None, # a label for each column
     width:float=7.0,    # inches
     **kwargs,           # for `image_grid`
 ):
@@ -84,7 +84,7 @@ def show_images(
 def figure(
     caption:str,       # what to notice
     ncols:int=1,       # panels side by side
-    size=(4.2, 2.8),   # inches a panel
+    size:tuple=(4.2, 2.8), # inches a panel
     nrows:int=1,
 ):
     "A matplotlib figure in the house style, its caption below -> (figure, axes)."

@@ -61,7 +61,7 @@ def ddim_step(
 # %% ../nbs/09_respaced_sampling.ipynb #af1e9a7d
 def respace(
     s:Schedule, # the schedule
-    keep,       # the steps to keep, 0-based, ascending, at least 2
+    keep:object, # the steps to keep, 0-based, ascending, at least 2
 ) -> Schedule: # of len(keep) steps
     """The schedule of a chain that visits only some steps (Eq. 19): the same alpha_bar there, betas
     to match, the network shown the original t."""
@@ -99,7 +99,7 @@ def every(
 # %% ../nbs/09_respaced_sampling.ipynb #374fb2d7
 def space_timesteps(
     T:int, # steps of the schedule
-    spec,  # 50 or "50": that many; "10,15": in each of equal sections; "ddim50": a stride
+    spec:int|str, # 50 or "50": that many; "10,15": in each of equal sections; "ddim50": a stride
 ) -> list[int]: # the steps to keep, 0-based, ascending
     "Which steps to keep."
     spec = str(spec).replace(" ", "")
@@ -198,7 +198,7 @@ class Step(NamedTuple):
 # %% ../nbs/09_respaced_sampling.ipynb #9b2a25c7
 @torch.no_grad()
 def chain(
-    net,               # (x, t_model, **cond) -> out
+    net:object,        # (x, t_model, **cond) -> out
     s:Schedule,        # the schedule, already respaced
     x:Tensor,          # where to start: x_T, (B,C,H,W)
     how:Sampling=Sampling(), # its `steps` are those of `s`
@@ -223,10 +223,10 @@ def chain(
 
 # %% ../nbs/09_respaced_sampling.ipynb #4d0804b2
 def sample(
-    net,               # (x, t_model, **cond) -> out; an nn.Module is in eval mode for the duration
+    net:object,        # (x, t_model, **cond) -> out; an nn.Module is in eval mode for the duration
     s:Schedule,        # the schedule
-    shape,             # (N,C,H,W)
-    steps=None,        # as for `space_timesteps`, None: all; or a `Sampling`, and nothing of `how`
+    shape:tuple,       # (N,C,H,W)
+    steps:object=None, # as for `space_timesteps`, None: all; or a `Sampling`, and nothing of `how`
     method:str="ddpm", eta:float=0.0, # as for `Sampling`
     generator:torch.Generator|None=None, # of all noise. None: torch's own
     cond:dict|None=None, # further arguments of the network, each with N rows: {"y": labels}

@@ -15,7 +15,7 @@ from .forward import Schedule, linear_betas
 
 # %% ../nbs/02_cosine_schedule.ipynb #e1dd0b3e
 def cosine_alpha_bar(
-    u,             # share of the process that is done, t/T in [0,1]: float or tensor
+    u:float|Tensor, # share of the process that is done, t/T in [0,1]: float or tensor
     s:float=0.008, # offset that keeps the first betas from vanishing
 ) -> Tensor: # float64, 1 at u = 0 and 0 at u = 1
     "alpha_bar(u) = f(u)/f(0), f(u) = cos^2((u + s)/(1 + s) pi/2) (Eq. 17)."

@@ -114,7 +114,7 @@ class EMA:
         self.rate, self.warmup, self.step, self.name = rate, warmup, 0, ema_name(rate, warmup)
 
     @torch.no_grad()
-    def update(self, net):
+    def update(self, net:nn.Module):
         "Take in the weights after a training step, all in one call."
         keep = ema_keep(self.step, self.rate, self.warmup)
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - keep)
@@ -162,14 +162,14 @@ class Training:
 
 def start_training(
     net:nn.Module,     # the network, on its device
-    batches,           # where batches come from
-    sampler,           # where steps t come from
+    batches:object,    # where batches come from
+    sampler:object,    # where steps t come from
     lr:float=1e-4,     # learning rate
     weight_decay:float=0.0, # of AdamW
     ema_rates:tuple=(0.9999,), # one average with warm-up for each: see `EMA`
     plain_rates:tuple=(), # and one without for each
     seed:int=0,        # of t, noise and dropout
-    team=Alone(),      # the processes that train together
+    team:object=Alone(), # the processes that train together
 ) -> Training:
     "A network before its first step. torch's own generator, of dropout, is seeded too."
     for rates in (ema_rates, plain_rates):

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.qkv = PerPosition(channels, 3 * channels)
         self.proj = zero(PerPosition(channels, channels))
 
-    def forward(self, x:Tensor, emb=None): # (B,channels,H,W) -> the same; needs no embedding
+    def forward(self, x:Tensor, emb:Tensor|None=None) -> Tensor: # (B,channels,H,W); emb is not used
         "x + attention(x), (B,C,H,W)."
         h = self.qkv(self.norm(x).flatten(2).mT)                  # (B,positions,3 channels)
         q, k, v = rearrange(h, "b l (n three d) -> three b n l d", three=3, n=self.num_heads)

@@ -138,6 +138,8 @@ def test_what_a_source_means():
     assert mean("def f(x):\n    'Says.'\n    return (x +\n            1)  # why") == mean(
         "def f(x):\n\n    return x + 1")
     assert mean("x = 1; y = 2") == mean("x = 1\ny = 2")
+    assert mean("def f(x:int=1) -> int: return x") == mean("def f(x=1): return x")
+    assert mean("def f(x=2): return x") != mean("def f(x=1): return x")
     assert mean("x = 1") != mean("x = 2") and mean("%time x") == "%time x"
 
 

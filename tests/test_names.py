@@ -207,7 +207,12 @@ def test_public_names_are_few_documented_and_one_thing_each():
     for module in public.values():
         for n in module.__all__:
             thing = getattr(module, n)
-            if callable(thing): assert inspect.getdoc(thing), f"{module.__name__}.{n}"
+            if not callable(thing): continue
+            assert inspect.getdoc(thing), f"{module.__name__}.{n}"
+            if inspect.isfunction(thing):
+                for p in inspect.signature(thing).parameters.values():
+                    more = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                    assert more or p.annotation is not p.empty, f"{module.__name__}.{n}({p.name})"
     for place, _ in everything():
         module, _, name = place.partition(":")
         if module in public: assert name.partition(".")[0] in public[module].__all__, place

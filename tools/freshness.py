@@ -24,12 +24,21 @@ def digest(*parts):
 
 
 class Bare(ast.NodeTransformer):
-    "Without what computes nothing: docstrings and other lone texts, and the list of public names."
+    """Without what computes nothing: docstrings and other lone texts, the list of public names,
+    types of arguments and results."""
     def visit_Expr(self, node):
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
     def visit_Assign(self, node):
         return None if ast.unparse(node.targets[0]) == "__all__" else self.generic_visit(node)
+
+    def visit_FunctionDef(self, node):
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_arg(self, node):
+        node.annotation = None
+        return node
 
 
 def meaning(source):

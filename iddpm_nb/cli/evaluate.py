@@ -373,7 +373,7 @@ def evaluated(o:EvalOptions, team) -> tuple[dict, list]:
     return record, [*lines, *(f"note: {n}" for n in sets[2])]
 
 # %% ../../nbs/cli/05_evaluate.ipynb #d84b2469
-def evaluate(o:EvalOptions, team):
+def evaluate(o:EvalOptions, team:object):
     "Measure, write and say."
     start = time.perf_counter()
     record, lines = evaluated(o, team)

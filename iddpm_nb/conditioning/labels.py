@@ -58,7 +58,7 @@ def labels_by_name(
 
 # %% ../../nbs/conditioning/01_labels.ipynb #aa2f5378
 def labels_for(
-    numbers, # classes, as numbers
+    numbers:Tensor, # classes, as numbers
     n:int,   # how many labels
 ) -> Tensor: # int64 (n,)
     "n labels over these classes as evenly as can be, those of a class in a row."
@@ -113,7 +113,7 @@ class Dropping(Chancy):
     "Batches with labels dropped at random; what is drawn is part of their state."
     key = "dropping"
     def __init__(self,
-        batches,    # of (x0, y), such as `Batches`
+        batches:object, # of (x0, y), such as `Batches`
         rate:float, # each label is dropped with this probability
         null:int,   # what takes its place: the number of classes
         seed:int=0, # fixes what is dropped
@@ -135,7 +135,7 @@ class Guided(nn.Module):
     """A network with guidance, used like any network: eps = eps(null) + scale (eps(y) - eps(null));
     u is that of y."""
     def __init__(self,
-        net,         # (x, t, y=labels, ...) -> out, trained with some labels dropped
+        net:object,  # (x, t, y=labels, ...) -> out, trained with some labels dropped
         scale:float, # 0: the label is ignored; 1: the network itself; above 1: classes exaggerated
         null:int,    # the label that stands for a dropped one
     ):
@@ -152,7 +152,7 @@ class Guided(nn.Module):
                 f"got {scale}")
         self.net, self.scale, self.null, self.num_classes = net, scale, null, rows
 
-    def forward(self, x:Tensor, t:Tensor, y=None, **cond): # as for the network
+    def forward(self, x:Tensor, t:Tensor, y:Tensor|None=None, **cond): # as for the network
         "The guided estimate, and u of the labelled one."
         require(y is not None, "guidance exaggerates a class: it needs labels y")
         require(y.shape == x.shape[:1], f"{len(x)} images but labels of shape {tuple(y.shape)}: "

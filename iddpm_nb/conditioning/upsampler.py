@@ -111,7 +111,7 @@ class Paired(Chancy):
     "Batches of large images with their small ones; the random state of that noise is in theirs."
     key = "noise"
     def __init__(self,
-        batches,           # of (x0, y), such as `Batches`
+        batches:object,    # of (x0, y), such as `Batches`
         low_size:int,      # height and width of the small images
         augment:float=0.0, # noise on the small images
         seed:int=0,        # of that noise
@@ -141,10 +141,10 @@ def check_stages(base, upsampler, y): # one sentence for two models that do not 
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #9c84a8a5
 def cascade(
-    base,             # the model of small images: a `Model`, as `load` returns it
-    upsampler,        # the model that enlarges them: another
+    base:object,      # the model of small images: a `Model`, as `load` returns it
+    upsampler:object, # the model that enlarges them: another
     n:int,            # how many images
-    steps_base=50, steps_up=50, # of each stage, as for `Model.sample`
+    steps_base:object=50, steps_up:object=50, # of each stage, as for `Model.sample`
     seed:int=0,       # of all noise
     y:Tensor|None=None, # labels (n,), for the stages that have classes; None: at random
     progress:bool=False, # draw bars

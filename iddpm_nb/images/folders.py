@@ -218,7 +218,7 @@ class Files:
     def to(self, device:str|torch.device):
         "The same: files stay where they are."
         return self
-    def take(self, i, name=""): # those with the numbers i (n,)
+    def take(self, i:Tensor, name:str=""): # those with the numbers i (n,)
         "Some of the files."
         y, numbers = self.labels, i.tolist()
         paths, sums = (tuple(v[j] for j in numbers) for v in (self.paths, self.sums))

@@ -51,8 +51,8 @@ def schedule_to_diffusers(
             "timestep_spacing": "linspace"}
 
 def schedule_from_diffusers(
-    config,        # the configuration of a scheduler: a dictionary, or a scheduler that has one
-    t_model=None,  # what stands for t, (T,); None: t itself, as diffusers has it
+    config:object, # the configuration of a scheduler: a dictionary, or a scheduler that has one
+    t_model:object=None, # what stands for t, (T,); None: t itself, as diffusers has it
 ) -> Schedule:
     "Our schedule from a scheduler's configuration, in float64."
     c = dict(getattr(config, "config", config))
@@ -212,7 +212,7 @@ class ConditionalPipeline(DDPMPipeline):
 
 # %% ../../nbs/interop/02_diffusers_bridge.ipynb #180f1fdd
 def to_diffusers(
-    model,        # the trained model, as `load` returns it
+    model:object, # the trained model, as `load` returns it
     folder:str|Path, # for the files of diffusers: new, or empty
 ) -> Path:
     """Write a pipeline that diffusers loads: DDPMPipeline.from_pretrained(folder), or
@@ -249,8 +249,8 @@ def fast_scheduler(
 # %% ../../nbs/interop/02_diffusers_bridge.ipynb #39d8e2bf
 @torch.no_grad()
 def drive(
-    scheduler,      # of diffusers, with our betas; it predicts from epsilon
-    model,          # the trained model, as `load` returns it
+    scheduler:object, # of diffusers, with our betas; it predicts from epsilon
+    model:object,   # the trained model, as `load` returns it
     steps:int,      # of the network
     x_T:Tensor,     # noise to begin with, (N,C,H,W)
     generator:torch.Generator|None=None, # of the scheduler's noise, if it draws any

@@ -159,10 +159,10 @@ def figures(feats, logits, r:Reference, which, ks, infinite:bool, device) -> dic
 
 # %% ../../nbs/measuring/03_compare.ipynb #8894f809
 def measure(
-    samples, ref,            # two sets, as for `as_images`; the second is mostly the training set
+    samples:object, ref:object, # two sets, as for `as_images`; the second mostly for training
     features:Features,       # the network
-    which=("fid", "is", "pr"), # Frechet distance, Inception score, precision and recall
-    ks=(3, 5),               # for precision and recall
+    which:tuple=("fid", "is", "pr"), # Frechet distance, Inception score, precision and recall
+    ks:tuple=(3, 5),         # for precision and recall
     infinite:bool=False,     # the Frechet distance extrapolated to infinitely many samples, as well
     cache:str|Path|None=None, # folder to keep the reference in; None: nowhere
     chunk:int=256, device:str|torch.device="cpu", progress:bool=False,

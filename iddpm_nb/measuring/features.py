@@ -198,7 +198,7 @@ def imported(name:str): # module:function
 def get_features(
     name:str,       # "inception"; "digits" or a labelled set; a TorchScript .pt; "module:function"
     device:str|torch.device="cpu", root:str="data",
-    size=None, mode:str="RGB", # of image files to train a classifier with
+    size:int|None=None, mode:str="RGB", # of image files to train a classifier with
     progress:bool=False, skip_broken:bool=False, # go on without files that cannot be read
 ) -> Features:
     "A feature network by name."

@@ -76,7 +76,7 @@ def carried(
 # %% ../../nbs/reproduction/05_optimal.ipynb #beca6b70
 @torch.no_grad()
 def x0_error(
-    net,                 # (x, t_model, **cond) -> out; a module is put into eval mode
+    net:object,          # (x, t_model, **cond) -> out; a module is put into eval mode
     s:Schedule,          # the schedule, possibly respaced: these steps are measured
     x0:Tensor,           # images, (B,C,H,W)
     clip_x0:bool=True,   # as the chain will do it
@@ -113,7 +113,7 @@ def error_from_norm(
 class WithVariance(nn.Module):
     "A network with its own mean and a given variance, for one schedule: respace first, then wrap."
     # var: (T,) for each t, or (T,C,H,W) for each t and pixel
-    def __init__(self, net, s:Schedule, var:Tensor):
+    def __init__(self, net:object, s:Schedule, var:Tensor):
         super().__init__()
         require(len(var) == len(s), f"{len(s)} steps but {len(var)} variances: wrap the network "
                 "for the schedule that is used")
@@ -134,10 +134,10 @@ class WithVariance(nn.Module):
         return torch.cat([eps, self.u[off.argmin(1)].to(eps).expand_as(eps)], 1)
 
 def with_best(
-    net,          # (x, t_model, **cond) -> out
+    net:object,   # (x, t_model, **cond) -> out
     s:Schedule,   # the schedule
     mse:Tensor,   # of `x0_error` on this schedule, (T,) or (T,C,H,W)
-    steps=None,   # as for `space_timesteps`; None: all
+    steps:object=None, # as for `space_timesteps`; None: all
 ) -> tuple[WithVariance, Schedule]: # to be used together
     "A network with the best variance for its mean, and the respaced schedule that it belongs to."
     r = s if steps is None else respace(s, space_timesteps(len(s), steps))

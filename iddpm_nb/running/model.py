@@ -78,11 +78,11 @@ class Model:
 
     def sample(self,
         n:int=64,             # how many
-        steps=50,             # as in `space_timesteps`, None: all; or a `Sampling`
+        steps:object=50,      # as in `space_timesteps`, None: all; or a `Sampling`
         seed:int=0, progress:bool=False,
         cond:dict|None=None,  # labels "y", small images "low"; of random classes if it names none
         guidance:float=1.0,   # see chapter conditioning/01
-        x_T:Tensor|None=None, callback=None, # as for `sampling.sample`
+        x_T:Tensor|None=None, callback:object=None, # as for `sampling.sample`
         **how,                # of `Sampling`; the variance is the model's if none is named
     ) -> Tensor: # (n,C,H,W) in [-1,1]
         "Images. If no chunk is named, the network is shown as many at a time as fit (training/09)."
@@ -124,7 +124,7 @@ class Model:
         return bits_per_dim(self.net, self.schedule, x0, variance=self.config["variance"],
                             num_t=num_t, generator=generator, cond=cond, chunk=chunk, **kwargs)
 
-    def quick(self, precision:str="auto", compile:str="off", team=Alone()) -> "Model":
+    def quick(self, precision:str="auto", compile:str="off", team:object=Alone()) -> "Model":
         "The same model without gradients, fast (training/08), asked by a team (training/04)."
         device = next(self.net.parameters()).device
         fast = fast_network(self.net, device, compile)

@@ -370,11 +370,11 @@ def training_figures(w:Work) -> dict: # of the training, for result.json
 # %% ../../nbs/running/03_run.ipynb #a9020023
 def train_run(
     c:Config,            # what to do
-    out=None,            # its folder; None: runs/NAME
-    resume_from=None,    # the folder of a run to continue, in place of `out`
+    out:object=None,     # its folder; None: runs/NAME
+    resume_from:object=None, # the folder of a run to continue, in place of `out`
     device:str|torch.device|None=None, # None: a GPU if there is one
     progress:bool=True,  # draw bars
-    say=say,             # where messages go
+    say:object=say,      # where messages go
     judged:bool=True,    # draw samples and measure them and the held-out images at the end
     new_data:bool=False, # go on with other images or other names of classes; config.json notes it
 ) -> dict: # what result.json holds

@@ -60,7 +60,7 @@ def save_model(
     path:Path,     # a .safetensors file
     net:nn.Module, # the network
     config:dict,   # all that `build` needs, and whatever else should travel along; plain JSON
-    dtype=None,    # torch.bfloat16 halves the file; None: as they are
+    dtype:torch.dtype|None=None, # torch.bfloat16 halves the file; None: as they are
 ):
     "Weights and configuration in one file."
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}

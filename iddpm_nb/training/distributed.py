@@ -217,8 +217,8 @@ class Spread(Wrapped):
 
 # %% ../../nbs/training/04_distributed.ipynb #b3941fe5
 def spread(
-    net,  # a network
-    team, # the processes that ask it together
+    net:object, # a network
+    team:object, # the processes that ask it together
 ):
     "The network itself for one process, `Spread` for several: `sample(spread(net, team), ...)`."
     return net if team.size == 1 else Spread(net, team)

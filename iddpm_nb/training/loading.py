@@ -67,7 +67,7 @@ def let_go(
 class Prefetch(Batches):
     "`Batches` made by workers ahead of time: for `Files`, or `Images` that the device cannot hold."
     def __init__(self,
-        data, batch:int=64, seed:int=0, device:str|torch.device="cpu", flip:bool=False,
+        data:object, batch:int=64, seed:int=0, device:str|torch.device="cpu", flip:bool=False,
         share:tuple=(0, 1), # all as for `Batches`
         workers:int=2,      # processes that read ahead; 0: none
     ):
@@ -113,7 +113,7 @@ class Prefetch(Batches):
 
 # %% ../../nbs/training/07_loading.ipynb #3702f2f5
 def make_batches(
-    data,                # `Images` or `Files`
+    data:object,         # `Images` or `Files`
     batch:int=64, seed:int=0, device:str|torch.device="cpu", flip:bool=False,
     share:tuple=(0, 1), # as for `Batches`
     workers:int|None=None, # that read ahead where it is needed; None: one for each two processors,

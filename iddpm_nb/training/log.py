@@ -160,7 +160,7 @@ def board(
 # %% ../../nbs/training/06_log.ipynb #3f43ce87
 def read_log(
     folder:Path,    # a run
-    upto=None,      # drop what was logged after this step: a resumed run will write it again
+    upto:int|None=None, # drop what was logged after this step: a resumed run will write it again
 ) -> list[dict]:
     "metrics.jsonl, line by line. What is no line of it is passed over."
     path, text = Path(folder) / "metrics.jsonl", b""

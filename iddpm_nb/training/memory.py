@@ -53,7 +53,7 @@ class Alive(TorchDispatchMode):
 # %% ../../nbs/training/09_memory.ipynb #33059714
 def peak_memory(
     net:nn.Module, # (x, t, **cond) -> out
-    shape,         # of one image, (C,H,W)
+    shape:tuple,   # of one image, (C,H,W)
     **cond,        # further arguments of the network, with at least one row
 ) -> tuple[int, int]: # bytes, in float32 and weights aside; numbers in the largest tensor
     "What one image needs at the fullest moment of a forward without gradients."
@@ -78,7 +78,7 @@ MOST = 256   # images at a time, in each process
 # %% ../../nbs/training/09_memory.ipynb #3f860efd
 def images_at_a_time(
     net:nn.Module, # as it will be called
-    shape,         # of one image, (C,H,W)
+    shape:tuple,   # of one image, (C,H,W)
     device:str|torch.device, # where it runs
     cond:dict|None=None, # further arguments of the network, each with a row for each image
     copies:int=1,  # of each image that the network is shown at once: 2 with guidance

@@ -19,7 +19,7 @@ from .distributed import Wrapped
 # %% ../../nbs/training/08_speed.ipynb #6533930a
 def flops(
     net:nn.Module, # the network
-    shape,         # of one image, (C,H,W)
+    shape:tuple,   # of one image, (C,H,W)
     **cond,        # further arguments of the network, with one row
 ) -> tuple[int, int]: # forward; forward and backward
     "Additions and multiplications for one image, in convolutions and matrix products."
@@ -36,7 +36,7 @@ def flops(
 # %% ../../nbs/training/08_speed.ipynb #3cf2780b
 def product_rate(
     device:str|torch.device="cpu", # what is measured
-    dtype=torch.float32, # kind of number
+    dtype:torch.dtype=torch.float32, # kind of number
     n:int|None=None,     # size of the matrices; None: 8192 on a GPU, 2048 on a CPU
     repeats:int=5,
 ) -> float: # operations per second
@@ -76,7 +76,7 @@ def pick_precision(
 class InPrecision(Wrapped):
     "A network called in another kind of number, for sampling and bits/dim; it returns float32."
     def __init__(self,
-        net,           # (x, t_model, **cond) -> out
+        net:object,    # (x, t_model, **cond) -> out
         precision:str, # "float32" or "bfloat16"
     ):
         super().__init__(net)
@@ -92,7 +92,7 @@ def fast_network(
     net:nn.Module,        # the network; it is changed in place and stays itself
     device:str|torch.device, # where it runs
     compile:str="auto",   # "off", "on", "graphs" (with CUDA graphs), or "auto": on for a GPU
-    wrap=lambda net: net, # puts the network into what averages its gradients over processes
+    wrap:object=lambda net: net, # puts the network into what averages its gradients over processes
 ) -> nn.Module: # what is to be called
     "The same function, faster: laid out for the device, with TF32 where it helps, compiled."
     cuda = torch.device(device).type == "cuda"

@@ -15,7 +15,7 @@ from operator import index
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .checks import require
+from .checks import require, settled
 from .pictures import progress_bar
 from .forward import Schedule, at, model_time
 from .posterior import eps_from_x0
@@ -204,6 +204,7 @@ def chain(
     how:Sampling=Sampling(), # its `steps` are those of `s`
     generator:torch.Generator|None=None, # of the noise
     cond:dict|None=None, # further arguments of the network
+    *,
     tick:Callable=lambda: None, # called after each chunk
 ) -> Iterator[Step]:
     """The reverse chain step by step, from t = T-1 to 0. The network is used in the mode in which
@@ -231,12 +232,17 @@ def sample(
     generator:torch.Generator|None=None, # of all noise. None: torch's own
     cond:dict|None=None, # further arguments of the network, each with N rows: {"y": labels}
     progress:bool=True,# draw a bar
+    *,
     x_T:Tensor=None,   # where to start, (N,C,H,W); None: noise
     callback:Callable=None, # called after every step with (t, x)
     **how,             # of `Sampling`: variance, clip_x0, chunk
 ) -> Tensor: # (N,C,H,W), float32, in [-1,1] if clip_x0
     "Images from noise, where the network lives; for a plain function, where the schedule does."
-    if not isinstance(steps, Sampling): steps = Sampling(steps, method, eta, **how)
+    if isinstance(steps, Sampling):
+        named = {k: v for k, v in {"method": method, "eta": eta}.items() if v != getattr(Sampling, k)}
+        steps = settled(steps, Sampling, named | how)
+    else:
+        steps = Sampling(steps, method, eta, **how)
     check_request(shape, cond, x_T)
     s = s if steps.steps is None else respace(s, space_timesteps(len(s), steps.steps))
     device = home(net, s)
@@ -245,6 +251,6 @@ def sample(
     cond = {k: v.to(device) for k, v in (cond or {}).items()}
     calls = len(in_chunks(len(x_T), steps.chunk)) * len(s)
     with evaluating(net), progress_bar(calls, "step", progress) as bar:
-        for step in chain(net, s, x_T, steps, generator, cond, bar.update):
+        for step in chain(net, s, x_T, steps, generator, cond, tick=bar.update):
             if callback: callback(*step)
     return step.x

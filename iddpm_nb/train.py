@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
-from .checks import require
+from .checks import require, settled
 from .forward import Schedule, model_time, q_sample
 from .losses import l_hybrid, l_simple, l_vlb
 
@@ -73,11 +73,12 @@ def train_step(
     eps:Tensor,        # noise, shaped as x0
     loss:str="hybrid", # "simple", "hybrid" or "vlb"
     cond:dict|None=None, # further arguments of the network, each with B rows: {"y": labels}
+    *,
     lam:float=0.001,   # see `objective`
     how:Stepping|None=None, **options, # how it runs, or the options of `Stepping`
 ) -> tuple[Tensor, Tensor]: # losses before weighting, detached, (B,); length of the gradient, ()
     "Noise a batch, ask the network, form the loss, take one step."
-    how = how or Stepping(**options)
+    how = settled(how, Stepping, options)
     opt.zero_grad(set_to_none=True)
     xt, losses = q_sample(s, x0, t, eps), []
     for i in portions(net, len(x0), how.micro):
@@ -204,12 +205,13 @@ def train(
     steps:int,         # stop when so many are done
     loss:str="hybrid", # "simple", "hybrid" or "vlb"
     lr:float=1e-4, warmup:int=0, anneal:bool=False, # see `learning_rate`
+    *,
     lam:float=0.001,   # see `objective`
     how:Stepping|None=None, **options, # how a step runs, or the options of `Stepping`
 ) -> Iterator[dict]: # after each step: step, T, t, losses before weighting, weights, grad_norm, lr
     "The training loop, as a generator: draw, save or stop between any two steps."
     device, team = next(run.net.parameters()).device, run.team
-    s, how = s.to(device), how or Stepping(**options)
+    s, how = s.to(device), settled(how, Stepping, options)
     same_layout(run)
     while run.step < steps:
         if not run.net.training: run.net.train()
@@ -222,7 +224,7 @@ def train(
         for group in run.opt.param_groups:
             group["lr"] = now
         losses, length = train_step(run.ask or run.net, run.opt, s, x0, t[mine], w[mine], eps[mine],
-                                    loss, cond, lam, how)
+                                    loss, cond, lam=lam, how=how)
         losses = team.gather(losses)
         run.sampler.update(t, losses)
         for ema in run.emas:

@@ -24,22 +24,24 @@ PROMISED = {
     "losses": """normal_kl(mean1, logvar1, mean2, logvar2)
         discretized_gaussian_nll(x, mean, logvar)  prior_term(s, x0)
         vlb_term(s, out, x0, xt, t, clip_x0=False, variance="learned")
-        l_simple(out, eps)  l_vlb(s, out, x0, xt, t)
+        l_simple(out, eps)  l_vlb(s, out, x0, xt, t, variance="learned")
         l_hybrid(s, out, x0, xt, t, eps, lam=0.001)""",
     "importance": """UniformSampler(T)
         LossSecondMomentSampler(T, history=10, uniform_prob=0.001)""",
     "unet": """UNet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions,
-        image_size, num_heads=4, dropout=0.0, num_classes=None, scale_shift=True)
+        image_size, num_heads=4, dropout=0.0, num_classes=None, scale_shift=True, groups=32)
         UNet.forward(self, x, t, y=None)""",
     "sampling": """space_timesteps(T, spec)  respace(s, keep)
         ddpm_step(s, out, xt, t, noise, clip_x0=True, variance="learned")
         ddim_step(s, out, xt, t, noise, eta=0.0, clip_x0=True)
         sample(net, s, shape, steps=None, method="ddpm", eta=0.0, generator=None, cond=None,
         progress=True)""",
-    "likelihood": """bits_per_dim(net, s, x0, clip_x0=True, variance="learned")""",
-    "interop": """load_openai(path, preset=None)""",
-    "running.model": """load(path)  Model.sample(self, n, steps=...)
-        Model.bits_per_dim(self, images)""",
+    "likelihood": """bits_per_dim(net, s, x0, clip_x0=True, variance="learned",
+        num_t=None, generator=None, cond=None, chunk=256, progress=False)""",
+    "interop": """load_openai(path, preset=None, device="cpu")""",
+    "running.model": """load(path, weights="", device="cpu", preset=None)
+        Model.sample(self, n=64, steps=50, seed=0)
+        Model.bits_per_dim(self, images, num_t=None, seed=0, cond=None, chunk=None)""",
 }
 SAMPLERS = "UniformSampler", "LossSecondMomentSampler"     # each has these
 SAMPLER = """probs(self)  sample(self, batch, generator=None, device=None)
@@ -51,7 +53,7 @@ PARTS = {  # what is read from a value, in this order
     "running.model:Model": "net schedule config"}
 TOP = ("load load_openai to_openai to_diffusers sample bits_per_dim UNet Schedule make_schedule "
        "train_run Config").split()
-COMMANDS = "iddpm_train iddpm_sample iddpm_eval iddpm_convert iddpm_tables".split()
+COMMANDS = "iddpm_train iddpm_sample iddpm_eval iddpm_convert iddpm_tables iddpm_workbook".split()
 
 
 def functions(text):
@@ -228,3 +230,18 @@ def test_a_name_means_one_thing_in_the_whole_package():
                 homes.setdefault(n, []).append(name)
     assert len(homes) > 400
     assert {n: places for n, places in homes.items() if len(places) > 1} == {}
+
+
+def test_what_was_not_promised_goes_by_name():
+    "Nothing that may move tomorrow is taken by place today."
+    by_place = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    others = ("train:train_step", "s x0 net opt t weights eps loss cond"), (
+        "train:train", "run s steps loss lr warmup anneal"), (
+        "sampling:chain", "net s x how generator cond"), (
+        "conditioning.upsampler:cascade", "base upsampler n steps_base steps_up seed y")
+    promised = [(place, re.findall(r"(\w+)(?:=[^,]*)?", re.sub(r"\s", "", p)))
+                for place, p in everything()]
+    for place, names in [*promised, *((place, p.split()) for place, p in others)]:
+        has = inspect.signature(found(place)).parameters.values()
+        loose = [p.name for p in has if p.kind in by_place and p.name not in names]
+        assert not loose, f"{place} takes {', '.join(loose)} by place, which nobody promised"

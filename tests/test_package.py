@@ -53,7 +53,7 @@ def test_every_shipped_file_is_described():
     rows = re.findall(r"^\| `(.+?)` \|(.*)\|$", (ROOT / "data/shipped/README.md").read_text(), re.M)
     assert {name for name, _ in rows} == {p.name for p in (ROOT / "data" / "shipped").iterdir()}
     for name, row in rows:
-        assert row.rstrip().endswith(("CC BY 4.0", "Apache 2.0")), name
+        assert row.rstrip().endswith(("CC BY 4.0", "CC BY 2.0", "Apache 2.0")), name
 
 
 def test_arrays_are_described():
@@ -207,3 +207,17 @@ def test_lines_of_the_tables(run):
     assert "cosine-120-hybrid" in said and "Traceback" not in said
     assert "hours of a GPU" in run("iddpm_tables", "cifar10", "--rows", "cosine-4000-vlb",
                                    "--seeds", "0", "--plan")
+
+
+def test_the_workbook_travels_in_the_wheel(run, site):
+    book = site / "iddpm_nb" / "_book"
+    chapters = {p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+    assert chapters == {p.name for p in book.iterdir()} and len(chapters) > 15
+    assert not [p for p in book.iterdir() if '"output_type"' in p.read_text()]
+    size = sum(p.stat().st_size for p in (site / "iddpm_nb").rglob("*") if p.is_file())
+    assert size < 5_000_000, f"the package has {size:,} bytes"
+    assert "7 functions to write" in run("iddpm_workbook", "03")
+    made = run.folder / "workbook" / "03_posterior.ipynb"
+    before = made.read_bytes()
+    assert "stays as it is" in run("iddpm_workbook", "3") and made.read_bytes() == before
+    assert "raise YourTurn" in made.read_text()

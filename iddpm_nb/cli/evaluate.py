@@ -322,7 +322,7 @@ def draw_samples(o:EvalOptions, s:Subject, held, team) -> tuple[Images, dict]:
     variance = o.variance or model.config["variance"]
     way = Sampling(None if steps == "all" else steps, o.method, o.eta, variance,
                    chunk=o.chunk and o.chunk * team.size)
-    x = fast.sample(n, way, o.seed, team.rank == 0, cond)
+    x = fast.sample(n, way, o.seed, cond=cond, progress=team.rank == 0)
     how = {"images": o.path, "steps": steps, "T": len(model.schedule), "method": o.method,
            "eta": o.eta, "variance": None if o.method == "ddim" else variance,
            "precision": fast.net.precision}

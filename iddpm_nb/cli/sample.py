@@ -133,13 +133,15 @@ def in_one_stage(o, model, small, n:int, y, team): # images, small images, and w
         low = small.images[:n]
         noise = torch.Generator().manual_seed(o.seed + 2)   # not the numbers that x_T is drawn from
         cond["low"] = with_noise(to_float(low), model.config["network"]["augment"], noise)
-    x = model.sample(n, way(o, model, o.steps, team), o.seed, team.rank == 0, cond, o.guidance)
+    x = model.sample(n, way(o, model, o.steps, team), o.seed, cond=cond, guidance=o.guidance,
+                     progress=team.rank == 0)
     return x, low, model.random_numbers(o.seed)
 
 def in_two_stages(o, model, base, n:int, y, team): # the same
     ways = way(o, base, o.base_steps, team), way(o, model, o.steps, team)
     chance = torch.Generator().manual_seed(o.seed + 2)       # as `cascade` has it
-    return *cascade(base, model, n, *ways, o.seed, y, team.rank == 0, o.guidance), chance
+    return *cascade(base, model, n, *ways, o.seed, y, guidance=o.guidance,
+                    progress=team.rank == 0), chance
 
 def sampled(o:SampleOptions, model, base, small, n:int, team) -> dict:
     "Images; small images, labels and names of the classes, where there are any."

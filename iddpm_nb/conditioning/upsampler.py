@@ -147,6 +147,7 @@ def cascade(
     steps_base:object=50, steps_up:object=50, # of each stage, as for `Model.sample`
     seed:int=0,       # of all noise
     y:Tensor|None=None, # labels (n,), for the stages that have classes; None: at random
+    *,
     progress:bool=False, # draw bars
     guidance:float=1.0, # of the base, which decides what is drawn: see chapter conditioning/01
     **kwargs,         # for the `sample` of both

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .. import __version__
-from ..checks import require
+from ..checks import require, settled
 from ..data import Images, free_memory, shipped, to_float
 from ..pictures import image_grid
 from ..forward import Schedule
@@ -79,7 +79,9 @@ class Model:
     def sample(self,
         n:int=64,             # how many
         steps:object=50,      # as in `space_timesteps`, None: all; or a `Sampling`
-        seed:int=0, progress:bool=False,
+        seed:int=0,
+        *,
+        progress:bool=False,
         cond:dict|None=None,  # labels "y", small images "low"; of random classes if it names none
         guidance:float=1.0,   # see chapter conditioning/01
         x_T:Tensor|None=None, callback:object=None, # as for `sampling.sample`
@@ -97,8 +99,11 @@ class Model:
             cond["y"] = self.random_labels(n, generator)
         copies, net = 1 if guidance == 1 else 2, self.net
         if copies == 2: net = Guided(net, guidance, k)
-        if not isinstance(steps, Sampling):
-            steps = Sampling(steps, **{"variance": self.config["variance"], "chunk": None} | how)
+        if isinstance(steps, Sampling):
+            steps = settled(steps, Sampling, how)
+        else:
+            if how.get("variance") is None: how["variance"] = self.config["variance"]
+            steps = Sampling(steps, **{"chunk": None} | how)
         if steps.chunk is None:
             fitting = images_at_a_time(self.net, shape, generator.device, cond, copies)
             steps = replace(steps, chunk=fitting)

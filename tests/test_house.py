@@ -164,18 +164,25 @@ for line in ("from iddpm_nb.losses import l_vlb", "import iddpm_nb; iddpm_nb.loa
 """
 
 
+@pytest.fixture(scope="module")
+def hashes_before():
+    return hashes(ROOT)
+
+
+def hashes(folder):
+    ran = subprocess.run([sys.executable, "-c", HASHES], cwd=folder, text=True,
+                         capture_output=True, check=True)
+    return ran.stdout.splitlines()
+
+
 @pytest.mark.parametrize("module, old, new, changed", [
     ("forward", "alpha_bar = (1 - beta).cumprod(0)", "alpha_bar = (1 - beta).cumprod(-1)", "11.."),
     ("running/model", "check_seed(seed)", "check_seed(seed + 0)", ".1.."),
     ("checks", "def require(", "def require (", "...."),
     ("checks", "assert gap <= tol", "assert gap < tol", "111.")])
-def test_the_code_that_a_chapter_uses_is_known(copy, module, old, new, changed):
-    def hashes():
-        ran = subprocess.run([sys.executable, "-c", HASHES], cwd=copy, text=True,
-                             capture_output=True, check=True)
-        return ran.stdout.splitlines()
-    before, path = hashes(), copy / "iddpm_nb" / f"{module}.py"
+def test_the_code_that_a_chapter_uses_is_known(copy, hashes_before, module, old, new, changed):
+    before, path = hashes_before, copy / "iddpm_nb" / f"{module}.py"
     assert len(set(before)) == 4 and old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    now = "".join("1" if a != b else "." for a, b in zip(before, hashes()))
+    now = "".join("1" if a != b else "." for a, b in zip(before, hashes(copy)))
     assert now == changed

@@ -40,7 +40,7 @@ class Norm(nn.GroupNorm):
     float32 whatever comes in."""
     def __init__(self, channels, groups=32): super().__init__(math.gcd(groups, channels), channels)
     def forward(self, x):
-        # that kernel sums in float32 by itself
+        # the CPU's kernel for bfloat16 sums in float32 by itself
         h = x if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.float()
         return F.group_norm(h, self.num_groups, self.weight.float(), self.bias.float(),
                             self.eps).to(x.dtype)
@@ -257,7 +257,7 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         emb_dim, sizes = 4 * channels, (channels, mult, num_res_blocks, image_size)
         res = lambda c1, c2: ResBlock(c1, c2, emb_dim, dropout, scale_shift, groups)
-        def blocks(c1, c2, size):   # both are made: one seed, one start, wherever attention is
+        def blocks(c1, c2, size):   # both are made, used or not: so a seed fixes all the rest
             made = [res(c1, c2), Attention(c2, num_heads, groups)]
             return made if size in attn_resolutions else made[:1]
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_dim), nn.SiLU(),

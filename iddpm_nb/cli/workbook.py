@@ -90,10 +90,10 @@ def stub_cell(source:str, module:str) -> str:
     tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in units))
     return f"{text}\n\n# the book's own: from iddpm_nb.{module} import {tops}"
 
-HOW = """**A workbook.** The bodies of {n} of this chapter are yours to write: each function that raises \
-`YourTurn` says in its signature and docstring what it has to do, and the text before it why. Run \
-the cells in order; the checks say when you are right. To go on without writing one, run the line \
-below it that fetches the book's own. All of them stand folded at the end."""
+HOW = """**A workbook.** The bodies of {n} of this chapter are yours to write: each function that \
+raises `YourTurn` says in its signature and docstring what it has to do, and the text before it \
+why. Run the cells in order; the checks say when you are right. To go on without writing one, run \
+the line below it that fetches the book's own. All of them stand folded at the end."""
 
 # %% ../../nbs/cli/06_workbook.ipynb #b00c000e
 def nearer(text:str, near) -> str:

@@ -193,7 +193,8 @@ def follow(
     measure_what_is_missing(w)
     clock = time.perf_counter() - run.seconds
     how = Stepping(t.precision, t.micro, t.clip)
-    steps = train(run, w.model.schedule, t.steps, d.loss, t.lr, t.warmup, t.anneal, lam=d.lam, how=how)
+    steps = train(run, w.model.schedule, t.steps, d.loss, t.lr, t.warmup, t.anneal, lam=d.lam,
+                  how=how)
     try:
         with between_steps(run.team.size == 1) as asked:
             for m in watch(steps, t.steps, t.log_every, run.step, progress and w.writes):

@@ -57,7 +57,7 @@ def portions(
 # %% ../nbs/08_training.ipynb #5a3417e2
 @dataclass(frozen=True)
 class Stepping:
-    "How a training step runs; none of it changes what is learned, but for `clip`."
+    "How a training step runs. Only `clip` is meant to change what is learned."
     precision: str = "auto"    # see `autocast`
     micro: int | None = None   # images at a time, to save memory; None: all
     clip: float | None = None  # scale a longer gradient down to this length; None: never

@@ -93,8 +93,8 @@ def bits_per_dim(
     s, cond, columns = s.to(x0.device), {k: v.to(x0.device) for k, v in (cond or {}).items()}, []
     t, weights = choose_t(len(s), num_t, len(x0), generator)
     with evaluating(net), progress_bar(t.numel(), "term", progress) as bar:
-        for tk in t.T:
-            # for all images at once
+        for tk in t.T:              # the k-th evaluated step of every image
+            # the noise for all images at once, so that the chunk makes no difference
             eps, tk = normal(x0.shape, generator, x0.device).to(x0), tk.to(x0.device)
             for p in in_chunks(len(x0), chunk):
                 columns.append(term(net, s, x0[p], tk[p], eps[p],
@@ -116,6 +116,7 @@ def histogram_bits(
             f"least one, got {images.dtype} {tuple(images.shape)}", TypeError)
     levels, k = images.flatten(1).unique(return_inverse=True)
     L, D = len(levels), k.shape[1]
+    # row d, column i: how often pixel d has level i
     counts = (k + L * torch.arange(D, device=k.device)).flatten().bincount(minlength=L
             * D).reshape(D, L).double()
     def entropy(c):

@@ -239,9 +239,9 @@ def sample(
 ) -> Tensor: # (N,C,H,W), float32, in [-1,1] if clip_x0
     "Images from noise, where the network lives; for a plain function, where the schedule does."
     if isinstance(steps, Sampling):
-        if method != Sampling.method: how["method"] = method
-        if eta != Sampling.eta: how["eta"] = eta
-        steps = settled(steps, Sampling, how)
+        named = {k: v for k, v in {"method": method, "eta": eta}.items()
+                 if v != getattr(Sampling, k)}
+        steps = settled(steps, Sampling, named | how)
     else:
         steps = Sampling(steps, method, eta, **how)
     check_request(shape, cond, x_T)

@@ -48,9 +48,9 @@ def spans(source):
     for node in ast.parse(source).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
         yield node.name, node.lineno, node.end_lineno
-        for f in node.body:
-            if isinstance(node, ast.ClassDef) and isinstance(f, ast.FunctionDef):
-                yield f"{node.name}.{f.name}", f.lineno, f.end_lineno
+        methods = node.body if isinstance(node, ast.ClassDef) else []
+        for f in methods:
+            if isinstance(f, ast.FunctionDef): yield f"{node.name}.{f.name}", f.lineno, f.end_lineno
 
 
 def broken(source, b, first, last):
@@ -64,7 +64,6 @@ def broken(source, b, first, last):
 
 def fate(chapter, i, source):
     "What becomes of a chapter whose cell i is broken."
-    compile(source, f"cell {i}", "exec")       # no slip of the list's own passes for one noticed
     k = i
     try:
         chapter.run(i, source)

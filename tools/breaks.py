@@ -64,15 +64,12 @@ def broken(source, b, first, last):
 
 def fate(chapter, i, source):
     "What becomes of a chapter whose cell i is broken."
-    k = i
     try:
-        chapter.run(i, source)
-        for k in range(i + 1, len(chapter.cells)):
-            chapter.run(k)
+        for k in range(i, len(chapter.cells)):
+            chapter.run(k, source if k == i else None)
     except BaseException as e:
-        kind = "a check" if CHECK.search(chapter.source(k)) else "no check"
-        what = f"{type(e).__name__}: {e}".splitlines()[0][:90]
-        return f"noticed by cell {k} ({chapter.cells[k]['id']}, {kind}): {what}"
+        kind, what = "a check" if CHECK.search(chapter.source(k)) else "no check", type(e).__name__
+        return f"noticed by cell {k} ({chapter.cells[k]['id']}, {kind}): {what}: {str(e)[:80]!r}"
     return SURVIVED
 
 
@@ -102,22 +99,21 @@ def main():
     for number, path in chapters().items():
         mine = [b for b in breaks if b.number == number]
         if not mine or a.numbers and number not in a.numbers: continue
-        start, here = time.time(), []
+        start = time.time()
         for b, said in tried(Path(path).resolve(), mine):
-            here.append((b, said))
+            found.append((b, said))
             print(f"{b}\n    {said}", flush=True)
-        rows.append((number, [said for _, said in here], time.time() - start))
-        found += here
+        rows.append((number, [said for _, said in found[-len(mine):]], time.time() - start))
     print("\nchapter  breaks  by a check  otherwise  survived  errors  seconds")
-    count = lambda fates, what: sum(what in said for said in fates)
     for number, fates, spent in rows:
-        checks, others = count(fates, ", a check)"), count(fates, "noticed") - count(fates, ", a c")
-        print(f"{number:7} {len(fates):7} {checks:11} {others:10} {fates.count(SURVIVED):9} "
-              f"{count(fates, LOST):7} {spent:8.0f}")
-    bad = [(b, said) for b, said in found if said == SURVIVED or said.startswith(LOST)]
-    print("\n".join(f"{said}: {b}" for b, said in bad))
-    print(f"{len(found)} breaks, {len(found) - len(bad)} noticed by their own chapter, "
-          f"{len(bad)} survivors and errors")
+        noticed = [said for said in fates if said.startswith("noticed")]
+        checks = sum(", a check): " in said for said in noticed)
+        lost = sum(said.startswith(LOST) for said in fates)
+        print(f"{number:7} {len(fates):7} {checks:11} {len(noticed) - checks:10} "
+              f"{fates.count(SURVIVED):9} {lost:7} {spent:8.0f}")
+    bad = [f"{said}: {b}" for b, said in found if not said.startswith("noticed")]
+    print("\n".join([*bad, f"{len(found)} breaks, {len(found) - len(bad)} noticed by their own "
+                          f"chapter, {len(bad)} survivors and errors"]))
     sys.exit(bool(bad))
 
 

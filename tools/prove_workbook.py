@@ -41,6 +41,7 @@ class Chapter:
         module = types.ModuleType("chapter")      # a real one: dataclasses look themselves up there
         sys.modules["chapter"] = module
         self.names = module.__dict__
+        self.names["YourTurn"] = YourTurn         # a workbook imports it in its first code cell
 
     def source(self, i):
         "The code of cell i, nothing for text and for cells that are left out."

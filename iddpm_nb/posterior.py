@@ -45,7 +45,8 @@ def x0_from_eps(
     t:Tensor,   # 0-based steps, int64 (B,)
     eps:Tensor, # the noise in them, or an estimate
 ) -> Tensor: # x0, shaped as xt
-    "x_0 = x_t / sqrt(alpha_bar) - sqrt(1/alpha_bar - 1) eps: Eq. 9 solved for x_0."
+    """x_0 = x_t / sqrt(alpha_bar) - sqrt(1/alpha_bar - 1) eps: Eq. 9 solved for x_0. ValueError if
+    shapes do not agree."""
     require(eps.shape == xt.shape,
             f"eps has shape {tuple(eps.shape)}, xt has {tuple(xt.shape)}: they must agree")
     return at(s.alpha_bar.rsqrt(), t, xt) * xt - at((1 / s.alpha_bar - 1).sqrt(), t, xt) * eps
@@ -66,7 +67,8 @@ def data_weights(
     xt:Tensor,   # noisy images, (B,C,H,W)
     t:Tensor,    # 0-based steps, int64 (B,)
 ) -> Tensor: # float64 (B,N), rows sum to 1
-    "p(x_0 = image n | x_t) when every image is equally likely: Bayes' rule on the marginal."
+    """p(x_0 = image n | x_t) when every image is equally likely: Bayes' rule on the marginal.
+    ValueError if shapes do not agree, TypeError if the data are no floats."""
     require(data.shape[1:] == xt.shape[1:], f"the data are images {tuple(data.shape[1:])}, xt "
             f"holds {tuple(xt.shape[1:])}: they must agree")
     require(data.is_floating_point(),
@@ -81,7 +83,7 @@ def ideal_eps(
     data:Tensor, # the N images that are all there is, (N,C,H,W)
     xt:Tensor,   # noisy images, (B,C,H,W)
     t:Tensor,    # 0-based steps, int64 (B,)
-) -> Tensor: # shaped as xt
+) -> Tensor: # shaped as xt, and of its type
     "E[eps | x_t], exactly, when the data are these N images: what a perfect network would return."
     w = data_weights(s, data, xt, t)
     x0 = (w @ data.flatten(1).double()).reshape(xt.shape)

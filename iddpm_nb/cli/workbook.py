@@ -93,7 +93,8 @@ def stub_cell(source:str, module:str) -> str:
 HOW = """**A workbook.** The bodies of {n} of this chapter are yours to write: each function that \
 raises `YourTurn` says in its signature and docstring what it has to do, and the text before it \
 why. Run the cells in order; the checks say when you are right. To go on without writing one, run \
-the line below it that fetches the book's own. All of them stand folded at the end."""
+the line below it that fetches the book's own. All of them stand folded at the end. Bad input is \
+refused by `require(condition, sentence)`; the last checks of a chapter ask for that."""
 
 # %% ../../nbs/cli/06_workbook.ipynb #b00c000e
 def nearer(text:str, near) -> str:

@@ -20,7 +20,7 @@ import time
 import types
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # forks and OpenMP's threads do not go together
+os.environ["OMP_NUM_THREADS"] = "1"       # a fork has no threads, and OpenMP would wait for them
 os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib.pyplot as plt  # noqa: E402

@@ -77,6 +77,14 @@ def test_layers(copy):
     assert "stray is exported by no chapter" in said(copy, "layers", 1)
 
 
+def test_imports(copy):
+    module = copy / "iddpm_nb" / "forward.py"
+    module.write_text(module.read_text() + "\nimport nowhere_at_all\n")
+    out = said(copy, "imports", 1)
+    assert "iddpm_nb.schedule: ModuleNotFoundError" in out
+    assert "iddpm_nb.checks:" not in out
+
+
 def test_book(copy):
     assert "links between them" in said(copy, "book", 0)
     chapter = copy / "nbs" / "training" / "01_files.ipynb"

@@ -299,22 +299,22 @@ def held_out(
 
 # %% ../nbs/00b_data.ipynb #de5ac662
 def of_size(
-    x:Tensor,  # uint8 (N,C,28,28)
+    x:Tensor,  # uint8 (N,C,28,28) or (N,C,32,32)
     size:int,  # 32, 16, 8 or 4
 ) -> Tensor: # uint8 (N,C,size,size)
-    "MNIST's 28x28 in a size that can be halved: a black frame makes 32x32, block means less."
-    x = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    "A size that can be halved: a black frame makes 32x32 of MNIST's 28x28, block means make less."
+    if x.shape[-1] == 28: x = torch.nn.functional.pad(x, (2, 2, 2, 2))
     return torch.nn.functional.avg_pool2d(x.float(), 32 // size).round().to(torch.uint8)
 
 def by_name(
     name:str,           # "digits", "mnist", "fashionmnist" or "cifar10"
     split:str="train",  # "train" or "test"
-    size:int|None=None, # mnist is padded to 32 (see `of_size`); others must have it
+    size:int|None=None, # see `of_size`; the digits must have it
     root:str="data",    # where downloads are kept
 ) -> Images:
     "A data set that has a name."
     d = digits(split) if name == "digits" else from_torchvision(name, split, root)
-    if name in ("mnist", "fashionmnist") and size in (32, 16, 8, 4):
+    if name != "digits" and size in (32, 16, 8, 4):
         d = replace(d, images=of_size(d.images, size))
     H, W = d.images.shape[-2:]
     require(size in (None, H, W),

@@ -208,7 +208,7 @@ def get_features(
     if not (name and (named(name) or path.exists())): return Features(shown(name), imported(name))
     key = (name, str(device), root, size, mode, skip_broken)
     if key not in TRAINED:
-        if named(name) and "mnist" not in name: size = None  # they have a size of their own
+        if name == "digits": size = None  # they have a size of their own
         d = open_images(name, "train", size, root, mode, False, skip_broken)
         called = shown(path.resolve().stem.lstrip(".") or name)
         TRAINED[key] = fit_classifier(d, called, device=device, progress=progress)

@@ -47,18 +47,19 @@ def paper_rows(
 
 # %% ../../nbs/reproduction/03_lines.ipynb #b70aa254
 def extras(T:int) -> dict: # the studies of single rows, beyond those of all
-    return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients",
-                                   "full_length"), f"linear-{T}-hybrid": ("skipped",),
-            f"cosine-{T}-simple": ("few_steps", "respaced_bits"),
+    return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients", "floor",
+                                   "many_steps", "full_length"),
+            f"linear-{T}-hybrid": ("skipped",),
+            f"cosine-{T}-simple": ("few_steps", "respaced_bits", "many_steps", "full_length"),
             f"cosine-{T}-vlb": ("respaced_bits", "gradients")}
 
 def small(data, size, steps, mult, attn, channels=32, batch=64, lr=1e-3, ema=0.995, T=1000,
-          **model) -> Config:
+          precision="bfloat16", clip=None) -> Config:
     "A run of minutes on a CPU. Everything but the row is the same for all."
-    return Config(DataConfig(data, size), ModelConfig(channels, mult, 1, attn, groups=8, **model),
+    return Config(DataConfig(data, size), ModelConfig(channels, mult, 1, attn, groups=8),
                   DiffusionConfig(T), TrainConfig(steps, batch, lr=lr, warmup=min(100, steps // 4),
-                                                  ema=(ema,), precision="bfloat16", threads=1,
-                                                  save_every=max(1, steps // 3), keep=1))
+                                                  ema=(ema,), precision=precision, clip=clip,
+                                                  threads=1, save_every=max(1, steps // 3), keep=1))
 
 def longer(T:int, steps:int) -> tuple[Row, ...]: # the last two lines, trained longer
     return tuple(Row("cosine", T, loss, steps=steps) for loss in ("hybrid", "vlb"))
@@ -92,6 +93,9 @@ SCALES = {"digits": Scale(small("digits", None, 40, (1,), (), T=120),
                  Row("cosine", 1000, "hybrid", groups=32)), (1, 16, 16), "mnist",
                            {"precision": "bfloat16", "images": 250, "samples": 400},
                            extras(1000) | {"cosine-1000-hybrid-2700steps": ("few_steps",)}),
+          "cifar16": Scale(small("cifar10", 16, 2000, (1, 1, 2), (4,), precision="float32",
+                                 clip=1.0), paper_rows(1000), (3, 16, 16), "cifar10",
+                           {"images": 1000, "samples": 2000, "long_samples": 500}, extras(1000)),
           "cifar10-small": Scale(**(full("cifar10", 500_000) | {"base": replace(PRESETS["cifar10"],
             model=replace(PRESETS["cifar10"].model, channels=64, dropout=0.1)),
             "features": "cifar10"}), shape=(3, 32, 32)),

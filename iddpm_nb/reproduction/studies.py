@@ -32,10 +32,12 @@ class Task:
     held: Images         # held-out images
     features: Features   # what looks at samples
     ref: Reference       # the training images, seen by it
+    plain: object = None # the training images as pixels, a `Plain`; None: only features are compared
     seed: int = 0        # of samples
     images: int = 400    # held-out images for bits/dim
     num_t: int = 74      # terms of the bound evaluated for each
-    samples: int = 500   # for each distance
+    samples: int = 500   # for each figure of samples
+    long_samples: int | None = None # where chains are long, or floors are wanted; None: `samples`
     steps: int = 50      # to draw them with, unless the study varies them
     draws: int = 8       # of every evaluated t, for the noise of a gradient
     precision: str = "float32" # of the network while it samples
@@ -65,40 +67,113 @@ def held_out_bits(
             "num_t": b.t.shape[1], "prior": b.prior.mean().item()}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #e89d3811
-def distance(
+def power(
+    x:Tensor,    # images minus a mean image, float (N,C,H,W), H = W
+) -> Tensor: # float64 (H//2 + 1,)
+    "Mean squared size of the waves in each ring of frequencies."
+    H = x.shape[-1]
+    f = torch.fft.fftfreq(H).double() * H
+    ring = (f[:, None]**2 + f[None]**2).sqrt().round().long().clamp(max=H // 2).flatten()
+    found = torch.fft.fft2(x.double()).abs().square().mean((0, 1)).flatten() / H**2
+    count = torch.bincount(ring, minlength=H // 2 + 1)
+    return torch.zeros(H // 2 + 1, dtype=torch.float64).index_add(0, ring, found) / count
+
+PIXELS = 1024   # numbers in an image, at most, for a Frechet distance of pixels
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    "What is known of a set of images without a network."
+    mean: Tensor        # the mean image, (C,H,W), in [-1,1]
+    power: Tensor       # of `power`
+    stats: dict | None  # of the pixels; None: too many of them
+
+    @classmethod
+    def of(cls, d:Images): # the training images
+        x = to_float(d.images)
+        mean = x.mean(0)
+        small = mean.numel() <= PIXELS
+        shares = [power(p - mean) * len(p) for p in x.split(4096)]
+        return cls(mean, sum(shares) / len(x), statistics(x.flatten(1)) if small else None)
+
+# %% ../../nbs/reproduction/01_studies.ipynb #e89d3814
+def judged(
+    task:Task,
+    x:Tensor, # images, uint8 (N,C,H,W)
+) -> dict: # "distance", and with `task.plain` "pixels", "power" and "rings"
+    """How far images are from the training images, by three figures. That of the pixels needs more
+    images than an image has numbers."""
+    found = {"distance": frechet(statistics(extract(task.features, Images(x))[0]), task.ref.stats)}
+    plain = task.plain
+    if plain is None: return found
+    shown_as = to_float(x)
+    if plain.stats and len(x) > plain.mean.numel():
+        found["pixels"] = frechet(statistics(shown_as.flatten(1)), plain.stats)
+    rings = 10 * (power(shown_as - plain.mean) / plain.power).log10()
+    return found | {"power": rings.square().mean().sqrt().item(),
+                    "rings": [float(f"{r:.4g}") for r in rings.tolist()]}
+
+def quality(
     task:Task,
     s:Schedule|None=None, # the chain to draw with; None: `task.steps` evenly spaced steps
     variance:str|None=None, method:str="ddpm", # as for `sampling.sample`
-) -> float:
-    "The Frechet distance of samples to the training images, in the task's features."
+    n:int|None=None,      # samples; None: `task.samples`
+) -> dict: # of `judged`; of a model that diverged, a distance that is no number
+    "Samples, and how far they are from the training images."
     model = task.model
     s = s or spaced(model.schedule, task.steps)
     generator = torch.Generator(model.schedule.beta.device).manual_seed(task.seed)
     net = InPrecision(model.net, task.precision).eval()
-    x = sample(net, s, (task.samples, *model.config["shape"]), None, method, generator=generator,
-               progress=False, variance=variance or model.config["variance"])
-    if not x.isfinite().all(): return math.nan  # of a model that diverged: the other studies go on
-    return frechet(statistics(extract(task.features, Images(to_uint8(x.cpu())))[0]), task.ref.stats)
+    x = sample(net, s, (n or task.samples, *model.config["shape"]), None, method,
+               generator=generator, progress=False, variance=variance or model.config["variance"])
+    return judged(task, to_uint8(x.cpu())) if x.isfinite().all() else {"distance": math.nan}
+
+# %% ../../nbs/reproduction/01_studies.ipynb #202bfac1
+def floor(task:Task) -> dict: # {n: `judged`}
+    "How far as many real held-out images are from the training images."
+    counts = {task.samples, task.long_samples or task.samples}
+    return {n: judged(task, task.held.images[:n]) for n in sorted(counts) if n <= len(task.held)}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #a1bf8026
+def quadratic(
+    T:int, # steps of the schedule
+    K:int, # how many to keep
+) -> list[int]: # 0-based, ascending
+    "Steps that grow as squares, both ends included; no step twice."
+    keep = [round((T - 1) * (j / (K - 1))**2) for j in range(K)]
+    for j in range(1, K):
+        keep[j] = max(keep[j], keep[j - 1] + 1)
+    return keep
+
+SPACINGS = {"ddim": lambda T, K: space_timesteps(T, str(min(K, T))),
+            "ddim_stride": lambda T, K: space_timesteps(T, f"ddim{K}"),
+            "ddim_quadratic": quadratic}
+
 def variances(task:Task) -> tuple: # that a model can be sampled with
     return ("learned", "beta_tilde", "beta")[task.model.config["variance"] != "learned":]
 
 def samples(task:Task) -> dict:
     "The quality of samples, as one gets them without asking."
-    return {"distance": distance(task), "steps": min(task.steps, len(task.model.schedule)),
-            "n": task.samples, "variance": task.model.config["variance"]}
+    return quality(task) | {"steps": min(task.steps, len(task.model.schedule)),
+                            "n": task.samples, "variance": task.model.config["variance"]}
 
-def few_steps(task:Task, Ks=(10, 25, 50, 100)) -> dict: # {variance or method: {K: distance}}
+def few_steps(task:Task, Ks=(10, 25, 50, 100), n=None) -> dict: # {way: {K: `quality`}}
     """The quality of samples over the number of steps: the learned variance (if there is one), both
-    fixed ones, and DDIM."""
-    ways = {**{v: {"variance": v} for v in variances(task)}, "ddim": {"method": "ddim"}}
-    return {name: {K: distance(task, spaced(task.model.schedule, K), **how) for K in Ks}
-            for name, how in ways.items()}
+    fixed ones, and DDIM with three choices of steps."""
+    s = task.model.schedule
+    found = {v: {K: quality(task, spaced(s, K), v, n=n) for K in Ks} for v in variances(task)}
+    for name, keep in SPACINGS.items():
+        found[name] = {K: quality(task, respace(s, keep(len(s), K)), None, "ddim", n) for K in Ks}
+    return found
 
-def full_length(task:Task) -> dict: # {variance: distance}
+def many_steps(task:Task, Ks=(250,)) -> dict: # {way: {K: `quality`}}
+    "As `few_steps`, with more steps and fewer samples."
+    return few_steps(task, Ks, task.long_samples)
+
+def full_length(task:Task) -> dict: # {variance or "ddim": `quality`}
     "The quality of samples with every step of the chain."
-    return {v: distance(task, task.model.schedule, v) for v in variances(task)}
+    s, n = task.model.schedule, task.long_samples
+    found = {v: quality(task, s, v, n=n) for v in variances(task)}
+    return found | {"ddim": quality(task, s, None, "ddim", n)}
 
 def respaced_bits(task:Task, Ks=(25, 50, 100, 250)) -> dict: # {K: `held_out_bits`}
     "The bound of shorter chains, on a quarter of the images."
@@ -117,9 +192,9 @@ def shortened(
     return respace(s, [t for t in space_timesteps(len(s), str(min(K, len(s))))
                        if t < (1 - skip) * len(s)])
 
-def skipped(task:Task, shares=(0.0, 0.2, 0.4)) -> dict: # {share: distance}
+def skipped(task:Task, shares=(0.0, 0.2, 0.4)) -> dict: # {share: `quality`}
     "What it costs to leave out the start of the reverse process."
-    return {p: distance(task, shortened(task.model.schedule, task.steps, p)) for p in shares}
+    return {p: quality(task, shortened(task.model.schedule, task.steps, p)) for p in shares}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #25bbbb21
 def losses_of(

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import tyro
 from ..checks import require, shown
-from ..data import Images
+from ..data import Images, named
 from ..pictures import say
 from ..images.folders import open_sets
 from ..training.files import lock, sweep, write
@@ -28,8 +28,9 @@ from ..measuring.compare import reference
 from ..running.model import Model, load, machine
 from ..running.run import LOCK, pick_device, reading, recall, saved_config, train_run
 from ..cli.commands import command, options, printed
-from .studies import (Task, few_steps, full_length, gradients, held_out_bits,
-                                           respaced_bits, samples, skipped)
+from .studies import (Plain, Task, few_steps, floor, full_length, gradients,
+                                           held_out_bits, many_steps, respaced_bits, samples,
+                                           skipped)
 from .lines import SCALES, Row, Scale, gpu_hours, row_config
 
 # %% ../../nbs/reproduction/04_tables.ipynb #bbbb0b59
@@ -64,19 +65,21 @@ def trained(
 
 # %% ../../nbs/reproduction/04_tables.ipynb #0c9b5e13
 STUDIES = {"bits": held_out_bits} | {f.__name__: f for f in (samples, few_steps, respaced_bits,
-            skipped, gradients, full_length)}
+            skipped, gradients, floor, many_steps, full_length)}
 MACHINE = {"data": ("root", "workers", "on_disk"), "train": ("threads",)} # what it alone decides
 
 def lasting(c:Config) -> dict: # plain JSON
-    "What all figures of one record have in common of a configuration."
+    """What all figures of one record have in common of a configuration. A file of images counts by
+    its name: where it lies is the machine's."""
+    c = replace(c, data=replace(c.data, data=Path(c.data.data).name))
     options = json.loads(json.dumps(asdict(c)))
     return {part: {k: v for k, v in values.items() if k not in MACHINE.get(part, ())}
             for part, values in options.items()}
 
 def made_with(scale:Scale, c:Config) -> dict: # all that figures of one record have in common
-    spent = {f.name: scale.budget.get(f.name, f.default) for f in fields(Task)
-             if type(f.default) in (int, str) and f.name != "seed"}
-    return {"options": lasting(c), "features": scale.features, "budget": spent}
+    found = {f.name: scale.budget.get(f.name, f.default) for f in fields(Task)}
+    spent = {k: v for k, v in found.items() if type(v) in (int, str) and k != "seed"}
+    return {"options": lasting(c), "features": Path(scale.features).name, "budget": spent}
 
 def read_record(path:Path) -> dict: # {} if there is none yet
     if not path.exists(): return {}
@@ -111,7 +114,7 @@ def task_of(scale:Scale, c:Config, folder:Path, device, progress:bool) -> Task:
             f"trained on other images than {shown(c.data.data)} holds now: restore them, or choose "
             "another --runs and --out")
     ref = reference(d, features, folder.parent / "features", device=device)
-    return Task(model, held, features, ref, c.train.seed, **scale.budget)
+    return Task(model, held, features, ref, Plain.of(d), c.train.seed, **scale.budget)
 
 def run_row(
     scale:Scale, row:Row, seed:int, # what to run
@@ -153,17 +156,18 @@ def measure_row(record:dict, left, task:Task, path:Path, device): # left: studie
 @dataclass(frozen=True)
 class TablesOptions:
     "Train and measure lines of the paper's tables; what is done already is not done again."
-    # digits, mnist16, cifar10-small, cifar10 or imagenet64
+    # digits, mnist16, cifar16, cifar10-small, cifar10 or imagenet64
     scale: Annotated[str, tyro.conf.Positional]
     rows: str = "all"            # names, separated by commas
     seeds: str = "0,1,2"         # numbers, separated by commas
-    # of those that a row has: bits, samples, few_steps, respaced_bits, skipped, gradients,
-    # full_length
+    # of those that a row has: bits, samples, few_steps, respaced_bits, skipped, gradients, floor,
+    # many_steps, full_length
     studies: str = "all"
     runs: str = "runs/tables"    # where trainings are kept
     out: str = "results/tables"  # where records are kept
     root: str = "data"           # where downloads are kept
-    data: str | None = None      # the folder of images, for imagenet64
+    # a folder or an .npz of images in place of the scale's own; imagenet64 needs it
+    data: str | None = None
     device: str | None = None    # cpu, cuda, ...; by default a GPU if there is one
     plan: bool = False           # only say what there is to do
 
@@ -178,12 +182,13 @@ def scale_of(o:TablesOptions) -> Scale:
     "The scale asked for, with its images."
     require(o.scale in SCALES, f"unknown scale {o.scale!r}: choose {', '.join(SCALES)}")
     scale, data = SCALES[o.scale], SCALES[o.scale].base.data
-    require(not (o.data and data.data), f"{o.scale} has images of its own: leave --data out")
     require(o.data or data.data or o.plan, f"{o.scale} needs the folder of its images: --data")
     if not o.data: return scale
     there = Path(o.data).resolve()
     require(there.exists(), f"there is no {shown(there)}: say with --data where the images are")
-    return replace(scale, base=replace(scale.base, data=replace(data, data=str(there))))
+    judge = str(there) if named(scale.features) else scale.features   # a classifier of these images
+    return replace(scale, base=replace(scale.base, data=replace(data, data=str(there))),
+                   features=judge)
 
 def seeds_of(o:TablesOptions) -> list[int]:
     known = re.fullmatch(" *[0-9]{1,10} *(, *[0-9]{1,10} *)*", o.seeds)

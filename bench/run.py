@@ -7,6 +7,7 @@ python bench/run.py --size cpu --out results/bench_cpu.json writes that and, bes
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -18,6 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+from iddpm_nb import _give_way  # noqa: E402
+
+_give_way()      # for all contenders alike: they take turns, and those that wait should sleep
 SIZES = ("tiny", "cpu", "cifar10", "imagenet64")
 
 
@@ -122,14 +126,18 @@ class Process:
 
 def measure(kind, names, a):
     """Rounds in which all contenders take turns, each starting with another -> by name:
-    description, rates, peak memory."""
-    all_of_them = []
-    for name in [*names, "matrix product"]:
+    description, rates, peak memory. When the time is over nothing new is started."""
+    all_of_them, found = [], {}
+    for name in ["matrix product", *names]:
+        if all_of_them and time.monotonic() > a.ends[kind]:
+            found[name] = {"not_run": "the time was over", "rates": []}
+            continue
         print(f"{kind}: starting {name}", flush=True)
         all_of_them.append(Process(name, kind, a))
-    found = {p.name: {**p.about, "rates": []} for p in all_of_them}
+        found[name] = {**all_of_them[-1].about, "rates": []}
     running = [p for p in all_of_them if "not_run" not in p.about]
     for r in range(a.repeats):
+        if r and time.monotonic() > a.ends[kind]: break
         for p in running[r % len(running):] + running[:r % len(running)]:
             found[p.name]["rates"].append(p.ask("go"))
         print(f"{kind}: round {r + 1} of {a.repeats}: " + ", ".join(f"{n} {d['rates'][-1]:.2f}"
@@ -164,6 +172,7 @@ def machine(a):
             versions[name] = None
     return {"cpu": f"{cpu}{native}, {os.cpu_count()} cores", "threads": a.threads, "gpu": gpu,
             "versions": versions, "python": platform.python_version(),
+            "idle_threads": {k: os.environ.get(k) for k in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")},
             "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
 
@@ -186,7 +195,8 @@ def summary(d, names):
                                                    / d[kind]["matrix_product_gflops"]["bfloat16"])
                 it["share_of_float32_product"] = (it["gflops"]
                                                   / d[kind]["matrix_product_gflops"]["float32"])
-            if n != "ours": it["ours_is_faster_by"] = ratio(d[kind]["ours"]["rates"], it["rates"])
+            ours = d[kind]["ours"]["rates"]
+            if n != "ours" and ours: it["ours_is_faster_by"] = ratio(ours, it["rates"])
     return d
 
 
@@ -215,10 +225,13 @@ def table(d):
         rows.append("| " + " | ".join([n, *size, *cells, ", ".join(share)]) + " |")
     product = d["train"]["matrix_product_gflops"]
     where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads"
+    waiting = [f"{k}={v}" for k, v in m.get("idle_threads", {}).items() if v]
+    load = "" if m.get("load_at_start") is None else f"load {m['load_at_start']:.1f} at the start, "
     head = (f"{s['size']}: C = {s['network']['channels']}, {s['network']['blocks']} blocks, "
             f"{s['network']['size']}x{s['network']['size']}, batch {s['batch']}, sampling with "
             f"{s['steps']} steps, " f"median of {s['repeats']} rounds on {where}; torch "
-            f"{m['versions']['torch']}, {m['date']}. Ratios: median of the rounds, least to most. "
+            f"{m['versions']['torch']}, {load}{''.join(w + ', ' for w in waiting)}"
+            f"{m['date']}. Ratios: median of the rounds, least to most. "
             "Peak memory: above what was held before the network was built. Matrix product of "
             f"this machine in the same rounds: float32 {product['float32']:.0f}, "
             f"bfloat16 {product['bfloat16']:.0f} GFLOP/s; "
@@ -244,6 +257,8 @@ def main():
                    help="a folder with further libraries; may be given several times")
     p.add_argument("--only", default="", help="comma-separated: contenders whose names contain one "
                    "of these (ours always runs)")
+    p.add_argument("--until", type=float, default=0, help="start nothing new after so many "
+                   "seconds, of which training has 60 in 100; 0: no limit")
     p.add_argument("--out", default=None, help="a .json; the table goes beside it as .md")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     p.add_argument("--kind", help=argparse.SUPPRESS)
@@ -265,7 +280,9 @@ def main():
     d = {"settings": {"size": a.size, "network": c, "batch": a.batch or c["batch"],
                       "steps": a.steps, "train_steps": a.train_steps, "repeats": a.repeats,
                       "device": a.device}, "machine": machine(a), "contenders": names}
-    for kind in ("train", "sample"):
+    share, start = {"train": 0.6, "sample": 1.0}, time.monotonic()
+    a.ends = {kind: start + (a.until or math.inf) * part for kind, part in share.items()}
+    for kind in share:
         d[kind] = measure(kind, names, a)
     text = table(summary(d, names))
     print("\n" + text)

@@ -1,4 +1,6 @@
 """Improved DDPM, derived, checked and implemented notebook by notebook."""
+import os
+import sys
 from importlib import import_module
 
 __version__ = "0.0.1"
@@ -10,6 +12,13 @@ def _lazily(package, homes):
         if name not in homes: raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{homes[name]}"), name)
     return find
+
+
+def _give_way():
+    """Let idle threads of torch (GNU OpenMP) leave the processor to other processes soon. A command
+    calls it before torch is imported; what the user has said about waiting stays."""
+    said = os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    if "torch" not in sys.modules and not said: os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 _HOMES = {"Schedule": "forward", "make_schedule": "schedule", "UNet": "unet", "sample": "sampling",

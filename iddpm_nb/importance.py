@@ -43,6 +43,19 @@ class UniformSampler:
         require(not state, "this state belongs to a sampler that remembers losses, not to a "
                 "uniform one")
 
+# %% ../nbs/06_importance_sampling.ipynb #5ca77002
+class StratifiedSampler(UniformSampler):
+    "Draws one step from each of B equal parts of the chain, for B images, in random order."
+    def sample(self, batch:int, generator=None, device=None) -> tuple[Tensor, Tensor]:
+        "Steps int64 (B,), and their weights float32 (B,), all 1."
+        require(batch >= 1, f"a batch needs at least 1 step, got {batch}")
+        source = torch.device(generator.device if generator is not None else device or "cpu")
+        kind = torch.float32 if source.type == "mps" else torch.float64    # MPS has no float64
+        part = torch.randperm(batch, generator=generator, device=source)
+        inside = torch.rand(batch, generator=generator, device=source, dtype=kind)
+        t = ((part + inside) * (self.T / batch)).long().clamp(max=self.T - 1)   # it may round up
+        return t.to(device or source), torch.ones(batch, device=device or source)
+
 # %% ../nbs/06_importance_sampling.ipynb #f4a7398c
 def remember(
     history:Tensor, # the last losses of each step, (T+1,size): row T takes what is to be forgotten
@@ -82,9 +95,9 @@ class LossSecondMomentSampler:
     def probs(self) -> Tensor: # float64 (T,), sums to 1
         "p_t, now."
         # a loss that is no number is for the training loop to report
-        w = self.history[:-1].nan_to_num(0, 0, 0).square().mean(1).sqrt()
-        p = (1 - self.uniform_prob) * w / w.sum() + self.uniform_prob / self.T
-        ready = (self.count[:-1] >= self.size).all() & (w.sum() > 0)
+        root = self.history[:-1].nan_to_num(0, 0, 0).square().mean(1).sqrt()
+        p = (1 - self.uniform_prob) * root / root.sum() + self.uniform_prob / self.T
+        ready = (self.count[:-1] >= self.size).all() & (root.sum() > 0)
         return torch.where(ready, p, torch.full_like(p, 1 / self.T))
 
     # t int64 (B,), weights float32 (B,) = 1/(T p_t)

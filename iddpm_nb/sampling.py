@@ -218,8 +218,9 @@ def chain(
         t = torch.full((len(x),), i, device=x.device)
         # for all images at once
         noise = normal(x.shape, generator, x.device).to(x) if noisy else torch.zeros_like(x)
-        x = torch.cat([moved(x[p], t[p], noise[p], **{k: v[p] for k, v in (cond or {}).items()})
-                       for p in in_chunks(len(x), how.chunk)])
+        for p in in_chunks(len(x), how.chunk):         # in the place of the noise, which is spent
+            noise[p] = moved(x[p], t[p], noise[p], **{k: v[p] for k, v in (cond or {}).items()})
+        x = noise
         yield Step(i, x)
 
 # %% ../nbs/09_respaced_sampling.ipynb #4d0804b2

@@ -136,6 +136,12 @@ class Stage(nn.ModuleList):
             x = block(x, emb)
         return x
 
+class Halves(nn.Conv2d):
+    "A convolution that computes each half of its channels by itself."
+    def forward(self, x):
+        halves = zip(self.weight.chunk(2), self.bias.chunk(2))
+        return torch.cat([F.conv2d(x, w, b, padding=self.padding) for w, b in halves], 1)
+
 # %% ../nbs/07_unet.ipynb #47039919
 def way_down(
     blocks,             # (width before, width after, resolution) -> list of blocks
@@ -247,6 +253,8 @@ class UNet(nn.Module):
         num_classes:int|None=None, # labels 0..num_classes-1 are asked for, if given
         scale_shift:bool=True,# the embedding scales and shifts the norm; False: is added
         groups:int=32,        # of each norm; a network of 32 channels wants fewer
+        *,
+        apart:bool=False,     # eps_hat is computed apart from u: see running/02a
     ):
         super().__init__()
         check_unet(in_channels, out_channels, channels, mult, num_res_blocks, attn_resolutions,
@@ -269,7 +277,8 @@ class UNet(nn.Module):
                              res(widths[-1], widths[-1])])
         self.up = way_up(blocks, *sizes, widths)
         self.norm_out = Norm(mult[0] * channels, groups)
-        self.conv_out = zero(nn.Conv2d(mult[0] * channels, out_channels, 3, padding=1))
+        last = Halves if apart else nn.Conv2d
+        self.conv_out = zero(last(mult[0] * channels, out_channels, 3, padding=1))
 
     def forward(self,
         x:Tensor, # noisy images, (B,in_channels,H,W)

@@ -1,1 +1,4 @@
 """The commands, one module each."""
+from .. import _give_way
+
+_give_way()

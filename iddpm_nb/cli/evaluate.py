@@ -12,9 +12,10 @@ import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
+import torch
 import tyro
 from ..checks import require, shown
-from ..data import Images, named, to_uint8
+from ..data import Images, named
 from ..pictures import say
 from ..sampling import Sampling, respace, space_timesteps
 from ..likelihood import histogram_bits
@@ -22,15 +23,16 @@ from ..images.reading import SUFFIXES
 from ..images.folders import listed, open_images, open_sets, part
 from ..conditioning.labels import labels_by_name
 from ..conditioning.upsampler import to_show, what_is_given
-from ..training.files import reserved, sweep, write
+from ..training.files import check_writable, reserved, sweep, write
 from ..training.described import check_described
 from ..training.checkpoint import read_header
-from ..training.distributed import join, spread
+from ..training.distributed import join
 from ..measuring.metrics import fidelity
 from ..measuring.features import Features, extract, get_features
 from ..measuring.compare import as_images, default_cache, measure
-from ..running.model import (TO_SAMPLE, Model, check_room, check_seed, machine, weights_file,
-                                    load)
+from ..measuring.best_steps import best_steps, model_costs, numbers_of, write_best
+from ..running.model import (TO_SAMPLE, Drawn, Model, check_room, check_seed, kept_steps,
+                                    load, machine, stream, weights_file)
 from ..running.run import place
 from .commands import check_place, command, options, printed
 
@@ -47,6 +49,10 @@ class EvalOptions:
     n: int = 1000             # bits/dim of at most so many images
     num_t: int | None = None  # steps t evaluated for each image; all, if there are not more: exact
     clip_x0: bool = True      # clamp x0_hat to [-1,1], as the paper does; for bits/dim
+    # beyond the paper (Watson et al. 2021): so many steps with the lowest bound, "10,25,50", found
+    # by 128 training images, and kept beside the weights, in the place of earlier ones, for --steps
+    # best25
+    best_steps: str | None = None
     # another model, a run with the same --weights: the difference in bits/dim, image by image
     against: str | None = None
     samples: int = 1000       # so many are drawn for fid and pr; published figures have 50,000
@@ -57,10 +63,11 @@ class EvalOptions:
     method: str = "ddpm"      # of sampling: ddpm or ddim
     eta: float = 0.0          # noise of ddim: 0 none, 1 as much as ddpm
     variance: str | None = None # of sampling: learned, beta or beta_tilde; by default as trained
-    # of the network while it samples; auto asks the processor
+    # of the network; auto asks the processor for samples, and is float32 for bits/dim
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # of a respaced chain: 50, "10,15,20", ddim50, or all; by default all for bits/dim, and 50 for
-    # samples
+    compile: Literal["auto", "off", "on", "graphs"] = "off" # takes a minute; pays for many images
+    # of a respaced chain: 50, "10,15,20", ddim50, best25 (see --best-steps), or all; by default all
+    # for bits/dim, and 50 for samples
     steps: str | None = None
     data: str | None = None   # other images than those of the training: a name, a folder or an .npz
     # of samples that no run here has drawn: the images beside them are scaled and cropped to it
@@ -87,6 +94,8 @@ def check_options(o:EvalOptions):
     require(of_samples, "--infinite and --features are for samples: ask for --fid (or, for "
             "--features, --pr) as well")
     require(o.method in ("ddpm", "ddim"), f"unknown method {o.method!r}: choose ddpm or ddim")
+    require(not (o.best_steps and o.steps), "--best-steps finds steps, and --steps asks for some: "
+            "give one of them")
     known = o.variance in (None, "learned", "beta", "beta_tilde")
     require(known, f"unknown variance {o.variance!r}: choose learned, beta or beta_tilde")
     ddim = o.method == "ddim"
@@ -137,8 +146,7 @@ def file_of(path:str, weights:str) -> Path: # the file that is loaded
 
 def respaced(o:EvalOptions, model): # with the steps asked for
     if o.steps in (None, "all"): return model
-    keep = space_timesteps(len(model.schedule), o.steps)
-    return dataclasses.replace(model, schedule=respace(model.schedule, keep))
+    return dataclasses.replace(model, schedule=respace(model.schedule, kept_steps(model, o.steps)))
 
 def subject(o:EvalOptions, team) -> Subject:
     "What a path leads to."
@@ -215,8 +223,8 @@ def labels_of(
     require(high <= most, f"the labels of {name} run to {high}, those of this model to {most}")
     return {"y": y.to(next(model.net.parameters()).device)}
 
-def teamed(model, team): # a model that all processes ask together
-    return dataclasses.replace(model, net=spread(model.net, team))
+def teamed(o:EvalOptions, model, team): # as all processes ask it together for bits/dim
+    return model.quick("float32" if o.precision == "auto" else o.precision, o.compile, team)
 
 def bound(o:EvalOptions, model, held, team): # `Bits`
     "The bits per dimension of each image."
@@ -241,8 +249,7 @@ def paired(b, other, name:str, weights:str) -> tuple[dict, str]:
     return {"against": {"model": name, "weights": weights, "difference": d.mean().item(),
                         "bits_per_dim": other.total.mean().item(), "stderr": margin}}, line
 
-def of_digits(o:EvalOptions, s:Subject) -> bool:
-    "Are the images the digits that travel with the package?"
+def of_digits(o:EvalOptions, s:Subject) -> bool: # are they those that travel with the package?
     return (o.data or s.data["data"]) == "digits"
 
 def told_bits(r:dict) -> list[str]:
@@ -279,20 +286,53 @@ def bits_of(o:EvalOptions, s:Subject, sets, team, other=()) -> tuple[dict, list]
     require(held is not None, f"{shown(train.name)} has {len(train)} images, too few or too equal "
             "to hold one out: name other images with --data")
     if other: check_other(o, other[0], held)
-    b, given = bound(o, teamed(s.model, team), held, team), what_is_given(s.about["network"])
+    model, given = teamed(o, s.model, team), what_is_given(s.about["network"])
+    b = bound(o, model, held, team)
     r = {"images": held.name, "n": len(b.total), "given": given, "clip_x0": o.clip_x0,
+         "precision_of_bits": model.net.precision,
          "bits_per_dim": b.total.mean().item(), "stderr": b.stderr if len(b.total) > 1 else None,
          "decoder": b.decoder.mean().item(), "prior": b.prior.mean().item(),
          "evaluated_t": b.t.shape[1], "T": len(respaced(o, s.model).schedule)}
     lines = told_bits(r)
     if other:
-        b_other = bound(o, teamed(other[0], team), held, team)
+        b_other = bound(o, teamed(o, other[0], team), held, team)
         more, line = paired(b, b_other, o.against, other[1].stem)
         r, lines = r | more, [*lines, line]
     if not of_digits(o, s): return r, lines
     bare = histogram_bits(train.images)
     told = ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in bare.items())
     return r | {"without_a_network": bare}, [*lines, f"without a network: {told}"]
+
+# %% ../../nbs/cli/05_evaluate.ipynb #be5705a2
+def best_numbers(o:EvalOptions, s:Subject) -> list[int]: # of steps; what is impossible is refused
+    require(s.file.exists(), f"the steps of {s.file} come along with it: for others copy its "
+            f"weights, {s.model.file}, and name the copy")
+    check_writable(s.model.file.parent)
+    return numbers_of(o.best_steps, len(s.model.schedule))
+
+def find_best(o:EvalOptions, s:Subject, sets, team) -> tuple[dict, list]:
+    "The best steps, beside their weights, and what they are worth: for the record, and as lines."
+    (train, held, _), model, chance = sets, teamed(o, s.model, team), torch.Generator()
+    require(held is not train, "--best-steps are chosen by images of the training, and "
+            f"{shown(train.name)} holds others: leave --data out, or say where those are now")
+    few = train.take(torch.randperm(len(train), generator=chance.manual_seed(o.seed))[:128])
+    y, T = (labels_of(model, few, len(few)) or {}).get("y"), len(model.schedule)
+    costs = model_costs(model, few.images[:], y, o.seed, o.clip_x0, team.rank == 0)
+    kept, worth, lines = {K: best_steps(costs, K)[0] for K in best_numbers(o, s)}, {}, []
+    for K in kept if held is not None else ():
+        two = [dataclasses.replace(model, schedule=respace(model.schedule, t))
+               for t in (space_timesteps(T, K), kept[K])]
+        worth[K] = [bound(o, m, held, team).total.mean().item() for m in two]
+        lines.append("bits/dim with {} of {} steps: {:.4f} at equal distances, {:.4f} with the best"
+                     .format(K, T, *worth[K]))
+    about = {"images": few.name, "n": len(few), "seed": o.seed, "clip_x0": o.clip_x0,
+             "chosen_from": len(costs.t), "variance": model.config["variance"],
+             "held_out": held and held.name, "n_held_out": held and min(o.n, len(held)),
+             "bits_per_dim_even_and_best": worth}
+    if team.rank: return {}, []
+    path, names = write_best(s.model.file, T, kept, about), ", ".join(f"best{K}" for K in kept)
+    lines.append(f"beyond the paper: --steps {names}, kept in {shown(path)}")
+    return {"best_steps": about | {"steps": kept}}, lines
 
 # %% ../../nbs/cli/05_evaluate.ipynb #67b12efd
 def features_for(o:EvalOptions, s:Subject, ref, device) -> Features:
@@ -314,20 +354,20 @@ def features_for(o:EvalOptions, s:Subject, ref, device) -> Features:
     return features
 
 def draw_samples(o:EvalOptions, s:Subject, held, team) -> tuple[Images, dict]:
-    "Samples, as they would be stored, and how they came about."
-    model, steps, cond, n = s.model, o.steps, None, o.samples
-    if steps is None: steps = str(min(50, len(model.schedule)))
-    fast = model.quick(o.precision, team=team)
+    "Samples, as they would be stored, drawn when they are looked at; and how they come about."
+    model, cond, n = s.model, None, o.samples
+    steps = o.steps or str(min(50, len(model.schedule)))
+    fast = model.quick(o.precision, o.compile, team)
     if model.config["network"].get("low_size"): n, cond = to_show(model.config, n, held)
     variance = o.variance or model.config["variance"]
     way = Sampling(None if steps == "all" else steps, o.method, o.eta, variance,
                    chunk=o.chunk and o.chunk * team.size)
-    x = fast.sample(n, way, o.seed, cond=cond, progress=team.rank == 0)
+    x = stream(fast, n, way, o.seed, cond=cond, progress=team.rank == 0)
     how = {"images": o.path, "steps": steps, "T": len(model.schedule), "method": o.method,
            "eta": o.eta, "variance": None if o.method == "ddim" else variance,
            "precision": fast.net.precision}
     if cond: how["enlarged"] = "held-out images, made small"
-    return Images(to_uint8(x.cpu()), name="samples"), how
+    return Images(Drawn(x, n, model.config["shape"]), name="samples"), how
 
 def from_disk(o:EvalOptions, s:Subject, ref) -> Images:
     "Samples that lie there, of the same shape as the images beside them."
@@ -343,12 +383,11 @@ def beside_real(o:EvalOptions, s:Subject, sets, features, team) -> tuple[dict, l
     "Samples with the training images: figures for the record, and as lines."
     (ref, held, _), device = sets, place(team, o.device)
     x, how = draw_samples(o, s, held, team) if s.model else (from_disk(o, s, ref), {})
-    if team.rank: return {}, []
+    if team.rank: return {}, x.images.rest() if s.model else []      # drawn for the first one
     which = ("fid", "is") * o.fid + ("pr",) * o.pr
     r = measure(x, ref, features, which, infinite=o.infinite, cache=o.cache or default_cache(),
                 chunk=o.chunk or 256, device=device, progress=True)
-    r["samples"] |= how
-    r["shape"] = list(ref.images.shape[1:])
+    r |= {"samples": r["samples"] | how, "shape": list(ref.images.shape[1:])}
     steps = f" ({how['steps']} steps, {how['method']})" if how else ""
     lines = [f"{f['name']}: {f['value']:.4f}" for f in r["figures"].values()]
     return r, [*lines, f"of {len(x)} samples{steps} against {len(ref)} images of {shown(ref.name)}"]
@@ -356,15 +395,20 @@ def beside_real(o:EvalOptions, s:Subject, sets, features, team) -> tuple[dict, l
 # %% ../../nbs/cli/05_evaluate.ipynb #3b9ba16c
 def evaluated(o:EvalOptions, team) -> tuple[dict, list]:
     "Everything that is asked for: for the record, and as lines."
-    bits, looks = o.bpd or o.against or not (o.fid or o.pr), o.fid or o.pr
+    looks = o.fid or o.pr
+    bits = o.bpd or o.against or not (looks or o.best_steps)
     s = subject(o, team)
-    require(s.model or not bits, f"{shown(s.file)} holds images, not a model: ask for --fid or "
-            "--pr of them, not for bits/dim")
+    require(s.model or not (bits or o.best_steps), f"{shown(s.file)} holds images, not a model: "
+            "ask for --fid or --pr of them, not for bits/dim")
+    if o.best_steps: best_numbers(o, s)        # what is impossible is refused now
     other = other_model(o, s, team)
     sets = image_sets(o, s, team.rank == 0)
     features = (features_for(o, s, sets[0], place(team, o.device)) if looks
                 and team.rank == 0 else None)
     record, lines = bits_of(o, s, sets, team, other) if bits else ({}, [])
+    if o.best_steps:
+        found, told = find_best(o, s, sets, team)
+        record, lines = record | found, lines + told
     if looks:
         found, told = beside_real(o, s, sets, features, team)
         record, lines = record | found, lines + told

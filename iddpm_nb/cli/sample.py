@@ -6,9 +6,11 @@
 __all__ = ['iddpm_sample']
 
 # %% ../../nbs/cli/03_sample.ipynb #ff35ecc9
+import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,15 +18,17 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from ..checks import require, shown
 from ..data import from_npz, to_float, to_uint8
 from ..pictures import image_grid
-from ..sampling import Sampling, space_timesteps
+from ..sampling import Sampling
 from ..conditioning.labels import class_numbers, labels_by_name, labels_for
 from ..conditioning.upsampler import cascade, with_noise
-from ..training.files import numbered, reserved, sweep, write
+from ..training.files import checksum, lock, numbered, reserved, sweep, write
 from ..training.distributed import join
-from ..running.model import check_seed, save_picture, load
+from ..running.model import (check_seed, kept_steps, length, load, one_bar, parts_of,
+                                    save_picture)
 from ..running.run import place
 from .commands import check_place, command, options
 
@@ -35,7 +39,8 @@ class SampleOptions:
     # a run's folder, a checkpoint, a .safetensors file, or an official checkpoint
     path: Annotated[str, tyro.conf.Positional]
     n: int = 64               # how many; no more than --low has
-    # 50, "10,15,20", ddim50, or all; by default 50, or all of a chain with fewer
+    # 50, "10,15,20", ddim50, or all; by default 50, or all of a chain with fewer. best25: the steps
+    # that iddpm_eval --best-steps 25 found, beyond the paper
     steps: str | None = None
     method: str = "ddpm"      # ddpm or ddim
     eta: float = 0.0          # noise of ddim: 0 none, 1 as much as ddpm
@@ -61,6 +66,9 @@ class SampleOptions:
     # torch.compile: takes a minute, and pays for many images
     compile: Literal["auto", "off", "on", "graphs"] = "off"
     out: str | None = None    # a .png; an .npz goes beside it. By default beside the checkpoint
+    # a folder, in the place of --out: one file for each image, 000000.png and so on, as other
+    # programs read them. Typed again, the command draws what is missing
+    png: str | None = None
     device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
 
 # %% ../../nbs/cli/03_sample.ipynb #732418f3
@@ -85,6 +93,10 @@ def check_asked(o:SampleOptions): # what can be refused before the model is ther
             "--base-steps are the steps of --base: give both, or neither")
     check_seed(o.seed)
     check_place(o.out)
+    require(o.png is None or o.out is None, "--png takes the place of --out: give one of them")
+    home = Path(o.png or ".").absolute().parent
+    require(o.png != "" and home.is_dir(),
+            f"--png needs the name of a folder in a folder that is there, and {home} is not")
     require(o.out is None or Path(o.out).suffix == ".png",
             f"--out must be a new .png, and so must the .npz beside it; got {o.out}")
 
@@ -115,10 +127,10 @@ def asked_labels(o, names, small, n:int): # int64 (n,), or None: whatever chance
     if small is None or not names or small.labels is None: return None
     return labels_by_name(small.labels[:n], small.classes, names)
 
-def steps_of(asked, model): # for `space_timesteps`, which refuses them now and not later
+def steps_of(asked, model): # for `kept_steps`, which refuses them now and not later
     if asked == "all": return None
     steps = str(min(50, len(model.schedule))) if asked is None else asked
-    space_timesteps(len(model.schedule), steps)
+    kept_steps(model, steps)
     return steps
 
 # %% ../../nbs/cli/03_sample.ipynb #efa4b325
@@ -127,31 +139,59 @@ def way(o, model, steps, team) -> Sampling: # how a model is sampled
     chunk = o.chunk and o.chunk * team.size
     return Sampling(steps_of(steps, model), o.method, o.eta, variance, chunk=chunk)
 
-def in_one_stage(o, model, small, n:int, y, team): # images, small images, and what drew classes
-    cond, low = {} if y is None else {"y": y}, None
-    if small:
-        low = small.images[:n]
-        noise = torch.Generator().manual_seed(o.seed + 2)   # not the numbers that x_T is drawn from
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    "What is drawn, and with what."
+    o: SampleOptions
+    model: object          # a `Model`
+    base: object           # another one, or None
+    small: object          # `Images` of --low, or None
+    team: object           # the processes that draw together
+
+    @property
+    def n(self): # images
+        return self.o.n if self.small is None else min(self.o.n, len(self.small))
+    @property
+    def stages(self): # models, and how each is sampled
+        asked = (self.base, self.o.base_steps), (self.model, self.o.steps)
+        return [(m, way(self.o, m, steps, self.team)) for m, steps in asked if m]
+    @property
+    def knows(self): # the model that has classes, or None
+        models = [m for m, _ in self.stages if m.config["network"].get("num_classes")]
+        return models[0] if models else None
+    @property
+    def names(self): return self.knows.config["classes"] if self.knows else ()
+
+def asked_of(job:Job, part): # the labels that are asked for, int64; None: whatever chance brings
+    y = asked_labels(job.o, job.names, job.small, job.n)
+    return None if y is None else y[part.places]
+
+def labels_of(job:Job, part): # int64, or None; what chance brings are the first numbers of a seed
+    if (y := asked_of(job, part)) is not None or not job.knows: return y
+    chance = (torch.Generator().manual_seed(part.seed + 2) if job.base    # as `cascade` has it
+              else job.model.random_numbers(part.seed))
+    return job.knows.random_labels(part.places.stop - part.places.start, chance)
+
+def in_one_stage(job:Job, part, y, shown:dict): # images, and small images
+    _, p, seed = part
+    (model, how), cond, low = job.stages[-1], {} if y is None else {"y": y}, None
+    if job.small:
+        low = job.small.images[p]
+        noise = torch.Generator().manual_seed(seed + 2)     # not the numbers that x_T is drawn from
         cond["low"] = with_noise(to_float(low), model.config["network"]["augment"], noise)
-    x = model.sample(n, way(o, model, o.steps, team), o.seed, cond=cond, guidance=o.guidance,
-                     progress=team.rank == 0)
-    return x, low, model.random_numbers(o.seed)
+    return model.sample(p.stop - p.start, how, seed, cond=cond, guidance=job.o.guidance,
+                        **shown), low
 
-def in_two_stages(o, model, base, n:int, y, team): # the same
-    ways = way(o, base, o.base_steps, team), way(o, model, o.steps, team)
-    chance = torch.Generator().manual_seed(o.seed + 2)       # as `cascade` has it
-    return *cascade(base, model, n, *ways, o.seed, y, guidance=o.guidance,
-                    progress=team.rank == 0), chance
+def in_two_stages(job:Job, part, y, shown:dict): # the same
+    (base, first), (model, second) = job.stages
+    return cascade(base, model, part.places.stop - part.places.start, first, second, part.seed, y,
+                   guidance=job.o.guidance, **shown)
 
-def sampled(o:SampleOptions, model, base, small, n:int, team) -> dict:
-    "Images; small images, labels and names of the classes, where there are any."
-    knows = next((m for m in (base, model) if m and m.config["network"].get("num_classes")), None)
-    names = knows.config["classes"] if knows else None
-    y = asked_labels(o, names or (), small, n)
-    if base: x, low, chance = in_two_stages(o, model, base, n, y, team)
-    else: x, low, chance = in_one_stage(o, model, small, n, y, team)
-    if knows and y is None: y = knows.random_labels(n, chance)
-    made = {"images": x, "low": low, "labels": y, "classes": names}
+def sampled(job:Job, part, shown:dict) -> dict: # `shown`: of `one_bar`
+    "Images; small images and labels, where there are any."
+    draw = in_two_stages if job.base else in_one_stage
+    x, low = draw(job, part, asked_of(job, part), shown)
+    made = {"images": x, "low": low, "labels": labels_of(job, part)}
     return {k: v for k, v in made.items() if v is not None}
 
 # %% ../../nbs/cli/03_sample.ipynb #6c7a41ce
@@ -169,15 +209,20 @@ def unfinished(npz:Path, o:SampleOptions) -> bool:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return False
 
-def taken_place(o:SampleOptions, n:int, steps:str): # context -> the .png, nobody else's meanwhile
+def taken_place(o:SampleOptions, n:int, steps:str, mark:str=""): # context -> the .png
+    "A name that nobody else writes meanwhile; parts of the same images are gone on with."
     if o.out is not None:
         png = Path(o.out).absolute()
-        return reserved([png], () if unfinished(png.with_suffix(".npz"), o) else (".npz",))
+        mine = begun(parts_beside(png)) == mark or unfinished(png.with_suffix(".npz"), o)
+        return reserved([png], () if mine else (".npz",))
     home = Path(o.path).resolve()
     if not home.is_dir(): home = home.parent
     if home.parent.name == "checkpoints": home = home.parent.parent  # of a run, which stays
     name = f"samples_{n}x{steps.replace(' ', '').replace(',', '-')}.png"
-    return reserved(numbered(home / name), (".npz",))
+    left = [p.with_suffix(".png") for p in sorted(home.glob("samples_*.parts")) if begun(p) == mark]
+    if left: return reserved(left)
+    free = (p for p in numbered(home / name) if not parts_beside(p).exists())
+    return reserved(free, (".npz",))
 
 def plain(v): # pixels as uint8 (N,H,W,C), a thousand at a time; labels and names as they are
     if isinstance(v, (list, tuple)): return np.array(v)
@@ -185,33 +230,166 @@ def plain(v): # pixels as uint8 (N,H,W,C), a thousand at a time; labels and name
     parts = [p if p.dtype == torch.uint8 else to_uint8(p).cpu() for p in v.split(1000)]
     return torch.cat(parts).permute(0, 2, 3, 1).numpy()
 
-def write_samples(made:dict, png:Path, o:SampleOptions) -> str: # what was written
-    "All images as numbers first, then a picture of some; if that fails, it is a warning."
-    npz, n = png.with_suffix(".npz"), len(made["images"])
-    arrays = {k: plain(v) for k, v in made.items()} | {"asked": words_of(o)}
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)
-    write(npz, data.getbuffer())
+def pictured(x, n:int, png:Path) -> str: # what was written
+    "A picture of the first of n images that are on the disk; if that fails, it is a warning."
+    x, npz = x[:MOST_SHOWN], shown(png.with_suffix(".npz"))
     try:
-        save_picture(image_grid(made["images"][:MOST_SHOWN]), png)
+        save_picture(image_grid(x), png)
     except Exception as e:
         warnings.warn(f"the picture could not be made ({e}); the images are there", stacklevel=2)
-        return f"{n} images, as uint8 (N,H,W,C), in {shown(npz)}"
-    first = "" if n <= MOST_SHOWN else f", the first {MOST_SHOWN} of them"
-    return f"{n} images{first} in {shown(png)}\nand as uint8 (N,H,W,C) in {shown(npz)}"
+        return f"{n} images, as uint8 (N,H,W,C), in {npz}"
+    first = "" if n == len(x) else f", the first {len(x)} of them"
+    return f"{n} images{first} in {shown(png)}\nand as uint8 (N,H,W,C) in {npz}"
+
+def about(job:Job) -> dict: # what an .npz says beside its images
+    return ({"classes": np.array(job.names)} if job.knows else {}) | {"asked": words_of(job.o)}
+
+def at_once(job:Job, part) -> str: # what was written
+    "All images, first as numbers, then as a picture of some."
+    progress, first = {"progress": job.team.rank == 0}, job.team.rank == 0
+    if not first: return sampled(job, part, progress)
+    with taken_place(job.o, job.n, steps_of(job.o.steps, job.model) or "all") as png:
+        sweep(png.parent)
+        made = sampled(job, part, progress)
+        arrays = {k: plain(v) for k, v in made.items()} | about(job)
+        write(png.with_suffix(".npz"), lambda f: np.savez_compressed(f, **arrays))
+        return pictured(made["images"], job.n, png)
+
+# %% ../../nbs/cli/03_sample.ipynb #c0033ed1
+BEGUN, FREE = "begun.json", ("chunk", "compile", "device", "out", "png")   # these may differ
+
+def parts_beside(png:Path): return png.with_suffix(".parts")
+
+def mark_of(job:Job) -> str: # JSON
+    "What decides which images these are."
+    said = {k: v for k, v in dataclasses.asdict(job.o).items() if k not in FREE}
+    files = [m.file for m, _ in job.stages] + [job.o.low] * (job.o.low is not None)
+    return json.dumps({"asked": said, "files": [checksum(Path(f)) for f in files]}, indent=1)
+
+def begun(folder:Path) -> str | None: # as of `mark_of`; None: nobody has begun there
+    "What is drawn into a folder."
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / BEGUN).read_text()
+
+def begin(folder:Path, mark:str):
+    "A folder for what is drawn one after the other: a new one, or that of the same images."
+    its = begun(folder)
+    foreign = its is None and folder.exists() and any(p.name[0] != "." for p in folder.iterdir())
+    require(not foreign, f"{shown(folder)} is there, and holds other things: name a new folder, or "
+            "an empty one", FileExistsError)
+    require(its in (None, mark), f"{shown(folder)} holds images that were drawn with other options "
+            "or other weights: choose another name, or delete it", FileExistsError)
+    folder.mkdir(exist_ok=True)
+    sweep(folder)
+    if its is None: write(folder / BEGUN, mark.encode())
+
+def check_disk(job:Job):
+    "Refuse what the disk cannot hold, parts and all."
+    where = Path(job.o.png or job.o.out or job.o.path).absolute()
+    there = next(p for p in (where, *where.parents) if p.exists())
+    shape, free = job.model.config["shape"], shutil.disk_usage(there).free
+    need = 2 * job.n * int(np.prod(shape, dtype=object))
+    require(need <= free, f"{job.n} images {tuple(shape)} need about {need // 10**6:,} MB on the "
+            f"disk, and {free // 10**6:,} MB are free: draw fewer, or elsewhere", OSError)
+
+@contextlib.contextmanager
+def to_go_on(folder:Path): # whatever ends it
+    told = f"what is drawn is in {shown(folder)}, and the same command goes on from there"
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{e.strerror or e}: {told}") from e
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(f"stopped: {told}") from e
+
+def draw_missing(job:Job, parts, there, keep):
+    "Draw the parts that are not `there` yet, each kept before the next; all processes draw."
+    first = job.team.rank == 0
+    missing = job.team.share([p for p in parts if not there(p)] if first else None)
+    steps = sum(length(m, how) for m, how in job.stages)
+    with one_bar(len(parts), steps, first, len(parts) - len(missing)) as bar:
+        for part in missing:
+            made = sampled(job, part, bar)
+            if first: keep(part, made)
+
+# %% ../../nbs/cli/03_sample.ipynb #c0033ed2
+def joined(files, n:int, more:dict): # writes one .npz of n rows into an open file
+    def into(f):
+        with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z, np.load(files[0]) as first:
+            for k in first.files:
+                head = {"descr": np.lib.format.dtype_to_descr(first[k].dtype),
+                        "fortran_order": False, "shape": (n, *first[k].shape[1:])}
+                with z.open(f"{k}.npy", "w", force_zip64=True) as out:
+                    np.lib.format.write_array_header_1_0(out, head)
+                    for file in files:                       # never more than one is in memory
+                        with np.load(file) as part:
+                            out.write(part[k].tobytes())
+            for k, v in more.items():
+                with z.open(f"{k}.npy", "w") as out:
+                    np.lib.format.write_array(out, np.asarray(v))
+    return into
+
+def in_parts(job:Job, parts) -> str | None: # what was written, by the first process
+    "As `at_once`, for more images than the memory should hold."
+    if job.team.rank: return draw_missing(job, parts, None, None)
+    mark = mark_of(job)
+    with taken_place(job.o, job.n, steps_of(job.o.steps, job.model) or "all", mark) as png:
+        folder = parts_beside(png)
+        def file(part): return folder / f"{part.number:05d}.npz"
+        def keep(part, made):
+            arrays = {k: plain(v) for k, v in made.items()}
+            write(file(part), lambda f: np.savez(f, **arrays))
+        begin(folder, mark)
+        sweep(png.parent)
+        with to_go_on(folder):
+            draw_missing(job, parts, lambda part: file(part).is_file(), keep)
+            files = [file(part) for part in parts]
+            write(png.with_suffix(".npz"), joined(files, job.n, about(job)))
+            with np.load(files[0]) as f:
+                x = torch.from_numpy(f["images"][:MOST_SHOWN])
+            told = pictured(to_float(x.permute(0, 3, 1, 2)), job.n, png)
+        shutil.rmtree(folder)
+        return told
+
+# %% ../../nbs/cli/03_sample.ipynb #c0033ed3
+def png_of(x) -> bytes: # of an image, uint8 (C,H,W)
+    data = io.BytesIO()
+    Image.fromarray((x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()).save(data, "PNG")
+    return data.getbuffer()
+
+def as_pngs(job:Job, parts) -> str | None: # what was written, by the first process
+    "One file for each image."
+    if job.team.rank: return draw_missing(job, parts, None, None)
+    folder, n = Path(job.o.png).absolute(), job.n
+    def name(i): return f"{i:0{max(6, len(str(n - 1)))}d}.png"
+    def numbers(part): return range(part.places.start, part.places.stop)
+    def there(part): return all((folder / name(i)).is_file() for i in numbers(part))
+    def keep(part, made):
+        for i, x in zip(numbers(part), to_uint8(made["images"]).cpu()):
+            write(folder / name(i), png_of(x))
+    busy = f"another process is drawing into {shown(folder)}"
+    mark = mark_of(job)
+    begin(folder, mark)
+    with lock(folder / ".lock", busy), to_go_on(folder):
+        draw_missing(job, parts, there, keep)
+        if job.knows:
+            y = [job.names[k] for part in parts for k in labels_of(job, part).tolist()]
+            lines = [f"{name(i)} {shown(c)}\n" for i, c in enumerate(y)]
+            write(folder / "labels.txt", "".join(lines).encode())
+    more = ", and their classes in labels.txt" if job.knows else ""
+    return f"{n} images in {shown(folder)}, each as a .png{more}"
 
 # %% ../../nbs/cli/03_sample.ipynb #4d011cd9
 def draw(o:SampleOptions, team): # and write
     model = model_for(o, o.path, o.weights, o.preset, team)
     check_stage(o, model)
     base = None if o.base is None else model_for(o, o.base, "", None, team)
-    small = small_images(o, model)
-    n = o.n if small is None else min(o.n, len(small))
-    if team.rank: return sampled(o, model, base, small, n, team)
-    with taken_place(o, n, steps_of(o.steps, model) or "all") as png:
-        sweep(png.parent)
-        told = write_samples(sampled(o, model, base, small, n, team), png, o)
-    print(told)
+    job = Job(o, model, base, small_images(o, model), team)
+    check_disk(job)
+    parts = parts_of(job.n, model.config["shape"], o.seed)
+    if o.png is not None: told = as_pngs(job, parts)
+    else: told = in_parts(job, parts) if len(parts) > 1 else at_once(job, parts[0])
+    if team.rank == 0: print(told)
 
 # %% ../../nbs/cli/03_sample.ipynb #5e72ea39
 @command

@@ -17,6 +17,7 @@ from ..checks import require
 from ..data import named
 from ..training.checkpoint import checkpoints
 from ..training.config import PRESETS, Config
+from ..running.variance_alone import variance_config
 from ..running.run import saved_config, train_run
 from .commands import command, options
 
@@ -44,8 +45,12 @@ def given(
     name:str,  # "--name"
 ) -> str | None:
     "What an option is given (the last time), before the others are understood."
-    at = next((i for i in reversed(range(len(args))) if args[i].split("=")[0] == name), None)
+    named = [i for i, word in enumerate(args) if word.split("=")[0].replace("_", "-") == name]
+    at = named[-1] if named else None
     return None if at is None else args[at].partition("=")[2] or next(iter(args[at + 1:]), "")
+
+def in_full(path:str) -> str: # it is to be found from elsewhere
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 def is_run(
     folder:Path, # with a config.json
@@ -77,10 +82,19 @@ def latest_run(
     found = [p.parent for p in files if is_run(p.parent)]
     return str(max(found, key=saved_last)) if found else None
 
+def check_decided(
+    args:list, # of the command, with --variance-only
+):
+    "Refuse what --variance-only decides by itself."
+    decided = "--loss", "--variance", "--preset"
+    off = next((k for k in decided if given(args, k) is not None), None)
+    require(off is None,
+            f"--variance-only says what is trained, and upon which network: leave {off} out")
+
 def beginning(
     args:list, # of the command
 ) -> tuple[str | None, Config]: # the run that is continued, and what replaces the defaults
-    "What the options --resume, --out and --preset come to."
+    "What the options --resume, --out, --preset and --variance-only come to."
     resume, preset, out = (given(args, f"--{k}") for k in ("resume", "preset", "out"))
     named = resume not in (None, "auto")
     require(resume != "", "--resume needs the folder of a run, or auto")
@@ -88,9 +102,14 @@ def beginning(
             "--out and --resume exclude each other: a resumed run stays in its folder")
     require(not named or preset is None,
             "--preset and --resume exclude each other: a resumed run keeps its configuration")
+    alone = given(args, "--variance-only")
+    require(not named or alone is None,
+            "--variance-only and --resume exclude each other: a resumed run knows its mean")
     require(preset is None or preset in PRESETS,
             f"unknown preset {preset!r}: choose {', '.join(PRESETS)}")
     folder = latest_run(out) if resume == "auto" else resume
+    if alone is not None: check_decided(args)
+    if alone and folder is None: return None, variance_config(alone)
     if preset or folder is None: return folder, PRESETS[preset or "digits"]
     try:
         return folder, saved_config(folder)
@@ -109,9 +128,10 @@ def iddpm_train(args:list[str]|None=None):
     o = options(kind, args, "iddpm_train", default=start)
     require(o.resume or not o.new_data,
             "--new-data is for a run that is continued: it needs --resume")
-    data, path = o.data, Path(o.data.data)
-    if data.data and not named(data.data) and path.exists():     # it is to be found from elsewhere
-        data = dataclasses.replace(data, data=str(path.resolve()))
-    c = Config(data, o.model, o.diffusion, o.train)
+    data, diffusion = o.data, o.diffusion
+    if data.data and not named(data.data): data = dataclasses.replace(data, data=in_full(data.data))
+    if file := diffusion.variance_only:
+        diffusion = dataclasses.replace(diffusion, variance_only=in_full(file))
+    c = Config(data, o.model, diffusion, o.train)
     out = None if folder is not None else o.out
     train_run(c, out, folder, o.device, new_data=o.new_data)

@@ -128,7 +128,7 @@ class Dropping(Chancy):
         require(y is not None,
                 "these images have no labels that could be dropped: train without classes")
         drop = self.drawn(torch.rand, len(y)) < self.rate
-        return x0, torch.where(drop.to(y.device), self.null, y)
+        return x0, torch.where(drop.to(y.device, non_blocking=True), self.null, y)
 
 # %% ../../nbs/conditioning/01_labels.ipynb #6343c154
 class Guided(nn.Module):

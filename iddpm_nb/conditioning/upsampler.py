@@ -123,7 +123,8 @@ class Paired(Chancy):
         x0, y = next(self.batches)
         low = lower(x0, self.low_size)
         if self.augment:
-            low = low + self.augment * self.drawn(torch.randn, *low.shape).to(low)
+            noise = self.drawn(torch.randn, *low.shape).to(low, non_blocking=True)
+            low = low + self.augment * noise
         return x0, {"low": low} | ({} if y is None else {"y": y})
 
 # %% ../../nbs/conditioning/02_upsampler.ipynb #40b6aafc

@@ -172,7 +172,8 @@ def measure(
     which = (which,) if isinstance(which, str) else tuple(which)
     check_sets(a, b, which, ks)
     version, how = fidelity().__version__, {"chunk": chunk, "device": device, "progress": progress}
-    r, (feats, logits) = reference(b, features, cache, **how), extract(features, a, **how)
+    feats, logits = extract(features, a, **how)    # first: samples may be drawn as they are seen
+    r = reference(b, features, cache, **how)
     found = figures(feats, logits, r, which, ks, infinite, device)
     named_ones = {k: {"name": title(k, features, a, b), "value": v} for k, v in found.items()}
     return {"figures": named_ones, "features": features.name,

@@ -48,7 +48,7 @@ def paper_rows(
 # %% ../../nbs/reproduction/03_lines.ipynb #b70aa254
 def extras(T:int) -> dict: # the studies of single rows, beyond those of all
     return {f"cosine-{T}-hybrid": ("few_steps", "respaced_bits", "skipped", "gradients", "floor",
-                                   "many_steps", "full_length"),
+                                   "many_steps", "full_length", "quiet_end", "dial"),
             f"linear-{T}-hybrid": ("skipped",),
             f"cosine-{T}-simple": ("few_steps", "respaced_bits", "many_steps", "full_length"),
             f"cosine-{T}-vlb": ("respaced_bits", "gradients")}

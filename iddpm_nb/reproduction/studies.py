@@ -10,10 +10,11 @@ import copy
 import math
 from dataclasses import dataclass, replace
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ..checks import require
 from ..data import Images, to_float, to_uint8
 from ..forward import Schedule, model_time, q_sample
+from ..variance import split_out
 from ..importance import LossSecondMomentSampler
 from ..train import objective
 from ..sampling import respace, sample, space_timesteps
@@ -32,7 +33,8 @@ class Task:
     held: Images         # held-out images
     features: Features   # what looks at samples
     ref: Reference       # the training images, seen by it
-    plain: object = None # the training images as pixels, a `Plain`; None: only features are compared
+    plain: object = None # the training images as pixels, a `Plain`; None: features alone
+    train: Images|None = None # the training images themselves, for the dial
     seed: int = 0        # of samples
     images: int = 400    # held-out images for bits/dim
     num_t: int = 74      # terms of the bound evaluated for each
@@ -179,6 +181,28 @@ def respaced_bits(task:Task, Ks=(25, 50, 100, 250)) -> dict: # {K: `held_out_bit
     "The bound of shorter chains, on a quarter of the images."
     return {K: held_out_bits(task, spaced(task.model.schedule, K), task.images // 4)
             for K in Ks if K < len(task.model.schedule)}
+
+# %% ../../nbs/reproduction/01_studies.ipynb #089547cf
+class Quiet(nn.Module):
+    "A network whose variance is beta_tilde where alpha_bar is above a level, its own elsewhere."
+    def __init__(self, net:object, s:Schedule, level:float): # for one schedule
+        super().__init__()
+        self.net, self.s, self.level = net, s, level
+
+    def forward(self, x:Tensor, t_model:Tensor) -> Tensor: # (B,2C,H,W)
+        "eps_hat, and u."
+        eps, u = split_out(self.net(x, t_model), x)
+        t = (self.s.t_model - t_model.double()[:, None]).abs().argmin(1)
+        quiet = (self.s.alpha_bar[t] > self.level)[:, None, None, None]
+        return torch.cat([eps, torch.where(quiet, -1.0, u)], 1)   # v = 0
+
+def quiet_end(task:Task, Ks=(10, 25, 50), levels=(0.99, 0.9, 0.5)) -> dict:
+    "{level: {K: `quality`}} with beta_tilde near the clean end."
+    def asked(s, level): # the same task, with that network
+        net = Quiet(task.model.net.eval(), s, level)
+        return quality(replace(task, model=replace(task.model, net=net)), s)
+    return {level: {K: asked(spaced(task.model.schedule, K), level) for K in Ks}
+            for level in levels}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #51f1546e
 def shortened(

@@ -6,6 +6,7 @@
 __all__ = ['Model', 'load']
 
 # %% ../../nbs/running/01_model.ipynb #c7070d7f
+import hashlib
 import io
 import math
 import os
@@ -13,18 +14,21 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from .. import __version__
 from ..checks import require, settled
-from ..data import Images, free_memory, shipped, to_float
-from ..pictures import image_grid
+from ..data import Images, free_memory, shipped, to_float, to_uint8
+from ..pictures import image_grid, progress_bar
 from ..forward import Schedule
-from ..train import Alone
-from ..sampling import Sampling, sample
+from ..train import Alone, pick_precision
+from ..sampling import Sampling, in_chunks, respace, sample, space_timesteps
 from ..nearest import class_probs, nearest
 from ..likelihood import Bits, bits_per_dim, histogram_bits
 from ..conditioning.labels import Guided
@@ -34,9 +38,10 @@ from ..training.files import write
 from ..training.described import check_described, parsed, told_by
 from ..training.checkpoint import checkpoints, ema_file, load_model, whole
 from ..training.distributed import spread
-from ..training.speed import InPrecision, fast_network, pick_precision
+from ..training.speed import InPrecision, cast_once, fast_network
 from ..training.memory import images_at_a_time
 from ..interop.openai import read_openai
+from ..measuring.best_steps import asked_best, read_best
 
 # %% ../../nbs/running/01_model.ipynb #85df722b
 def check_seed(
@@ -49,13 +54,29 @@ def check_room(
     n:int,  # images that are asked for
     shape,  # of each, (C,H,W)
     device, # where they are made
-    mend:str="draw fewer at a time, each time with another seed",
+    mend:str="draw fewer at a time, each time with another seed, or all of them by `stream`",
 ):
-    "Refuse what cannot be held: at its fullest moment a chain holds all images about five times."
-    need, free = 20 * n * math.prod(shape), free_memory(device)
+    "Refuse what cannot be held: with its chunk, a chain holds all images up to four times."
+    need, free = 16 * n * math.prod(shape), free_memory(device)
     require(need <= free,
             f"{n} images {tuple(shape)} need about {need // 10**6:,} MB of memory, and "
             f"{free // 10**6:,} MB are free: {mend}", MemoryError)
+
+def kept_steps(
+    model,        # a `Model`
+    steps:object, # as for `space_timesteps`; or "best25", beyond the paper (measuring/04)
+) -> list[int]: # 0-based, ascending
+    "The steps that are asked for; best ones are read from the file beside the weights."
+    T, K = len(model.schedule), asked_best(steps)
+    return space_timesteps(T, steps) if K is None else read_best(model.file, T, K)
+
+def shorter(
+    model,        # a `Model`
+    how:Sampling, # its `steps` as for `kept_steps`; None: all
+) -> tuple[Schedule, Sampling]: # of the chain that is left, and all of its steps
+    "A chain of the steps that are asked for."
+    if how.steps is None: return model.schedule, how
+    return respace(model.schedule, kept_steps(model, how.steps)), replace(how, steps=None)
 
 # %% ../../nbs/running/01_model.ipynb #1abcb8af
 @dataclass(eq=False)
@@ -64,6 +85,7 @@ class Model:
     net: nn.Module      # the network, in eval mode
     schedule: Schedule  # the schedule it was trained with
     config: dict        # all about it
+    file: Path|None = None  # of the weights: "best25" is looked up beside it
 
     def random_numbers(self, seed:int) -> torch.Generator: # where the network lives
         "What `sample` draws from."
@@ -78,7 +100,7 @@ class Model:
 
     def sample(self,
         n:int=64,             # how many
-        steps:object=50,      # as in `space_timesteps`, None: all; or a `Sampling`
+        steps:object=50,      # as in `space_timesteps`, "best25", None: all; or a `Sampling`
         seed:int=0,
         *,
         progress:bool=False,
@@ -104,10 +126,9 @@ class Model:
         else:
             if how.get("variance") is None: how["variance"] = self.config["variance"]
             steps = Sampling(steps, **{"chunk": None} | how)
-        if steps.chunk is None:
-            fitting = images_at_a_time(self.net, shape, generator.device, cond, copies)
-            steps = replace(steps, chunk=fitting)
-        return sample(net, self.schedule, (n, *shape), steps, generator=generator, cond=cond,
+        fitting = steps.chunk or images_at_a_time(self.net, shape, generator.device, cond, copies)
+        s, steps = shorter(self, replace(steps, chunk=fitting))
+        return sample(net, s, (n, *shape), steps, generator=generator, cond=cond,
                       progress=progress, x_T=x_T, callback=callback)
 
     def bits_per_dim(self,
@@ -132,9 +153,9 @@ class Model:
     def quick(self, precision:str="auto", compile:str="off", team:object=Alone()) -> "Model":
         "The same model without gradients, fast (training/08), asked by a team (training/04)."
         device = next(self.net.parameters()).device
-        fast = fast_network(self.net, device, compile)
-        net = InPrecision(fast, pick_precision(precision, device, self.config["shape"][-1]))
-        return replace(self, net=spread(net, team))
+        precision = pick_precision(precision, device, self.config["shape"][-1])
+        fast = fast_network(cast_once(self.net, precision), device, compile)
+        return replace(self, net=spread(InPrecision(fast, precision), team))
 
 # %% ../../nbs/running/01_model.ipynb #e91ee7a8
 def preferred(
@@ -155,22 +176,34 @@ def preferred(
                   "asks for them", stacklevel=2)
     return have["model"]
 
+def chosen(
+    folder:Path, weights:str, # of one checkpoint, and as for `weights_file`
+) -> Path:
+    "The file to load from a checkpoint."
+    have = {f.stem: f.absolute() for f in sorted(folder.glob("*.safetensors"))}
+    require(have, f"{folder.absolute()} is neither a run with a checkpoint nor a checkpoint",
+            FileNotFoundError)
+    if not weights: return preferred(have, folder.absolute())
+    require(weights in have, f"{folder.absolute()} has no weights {weights!r}, but "
+            f"{', '.join(have)}", FileNotFoundError)
+    return have[weights]
+
 def weights_file(
     path:Path,      # a run's folder, or one of its checkpoints
     weights:str="", # "model" (as trained last) or "ema_RATE"; by default the first average
 ) -> Path:
-    "The file to load from a folder."
+    "The file to load from a folder: of the latest checkpoint in which it is whole."
     kept = checkpoints(path / "checkpoints")
-    folder = next((p for p in reversed(kept) if whole(p)), path)       # the others need not be read
-    require(folder != path or not kept,
-            f"{path.absolute()} has no whole checkpoint: all {len(kept)} are damaged")
-    have, folder = {f.stem: f for f in sorted(folder.glob("*.safetensors"))}, folder.absolute()
-    require(have,
-            f"{folder} is neither a run with a checkpoint nor a checkpoint", FileNotFoundError)
-    if not weights: return preferred(have, folder)
-    require(weights in have,
-            f"{folder} has no weights {weights!r}, but {', '.join(have)}", FileNotFoundError)
-    return have[weights]
+    for folder in reversed(kept):
+        if not whole(folder, ()): continue             # something is missing, or has another step
+        try:
+            file = chosen(folder, weights)
+        except (ValueError, OSError):                  # of a damaged file, or of a wrong question?
+            if whole(folder): raise
+            continue
+        if whole(folder, (file.name,)): return file    # the others need not be read
+    require(not kept, f"{path.absolute()} has no whole checkpoint: all {len(kept)} are damaged")
+    return chosen(path, weights)
 
 TO_SAMPLE = "network", "schedule", "shape", "variance"
 
@@ -196,8 +229,87 @@ def load(
                 f"{p} is no official file, it carries its own configuration or is not there: "
                 "leave the preset out")
         if said is not None: check_described(parsed(said, p), TO_SAMPLE)
-        return Model(*load_model(p, device))
-    return Model(*read_openai(p, device, preset))
+        return Model(*load_model(p, device), p)
+    return Model(*read_openai(p, device, preset), p)
+
+# %% ../../nbs/running/01_model.ipynb #c0011ed2
+TOGETHER = 1000, 2**26   # images that go through a chain together, and their numbers, at most
+
+class Part(NamedTuple):
+    "Images that go through a chain together."
+    number: int    # 0, 1, ...
+    places: slice  # of all images
+    seed: int      # its own
+
+def parts_of(
+    n:int,      # images in all
+    shape,      # of each, (C,H,W)
+    seed:int,   # of all
+) -> list[Part]:
+    "What depends on nothing but these three."
+    size = max(1, min(TOGETHER[0], TOGETHER[1] // math.prod(shape)))
+    def own(i): return int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:7], "big")
+    return [Part(i, slice(p.start, min(p.stop, n)), own(i) if i else seed)
+            for i, p in enumerate(in_chunks(n, size))]
+
+def length(
+    model:Model, steps:object, # as for `Model.sample`
+) -> int:
+    "How many steps a chain has."
+    how = steps if isinstance(steps, Sampling) else Sampling(steps)
+    return len(shorter(model, how)[0])
+
+@contextmanager
+def one_bar(
+    parts:int,      # how many
+    steps:int,      # of each
+    progress:bool,  # draw it
+    done:int=0,     # parts
+) -> Iterator[dict]: # what `Model.sample` is told
+    "One bar over all parts, which counts steps; a single part has the finer bar of `sample`."
+    if parts == 1:
+        yield {"progress": progress}
+        return
+    with progress_bar(parts * steps, "step", progress, done * steps) as bar:
+        yield {"callback": lambda t, x: bar.update()}
+
+def stream(
+    model:Model,
+    n:int,            # images in all
+    steps:object=50, seed:int=0, # as for `Model.sample`
+    *,
+    cond:dict|None=None, # each with n rows
+    progress:bool=False, # draw one bar over all
+    **more,           # for `Model.sample`
+) -> Iterator[Tensor]: # (B,C,H,W) in [-1,1], with B at most 1,000
+    "Any number of images, part after part, each drawn when it is asked for."
+    check_room(n, (1,), "cpu")       # whoever looks at them keeps some numbers of each
+    parts = parts_of(n, model.config["shape"], seed)
+    with one_bar(len(parts), length(model, steps), progress) as shown:
+        for _, p, own in parts:
+            told = {k: v[p] for k, v in (cond or {}).items()}
+            yield model.sample(p.stop - p.start, steps, own, cond=told, **shown, **more)
+
+class Drawn:
+    "Images that are drawn when they are looked at, in order: the `images` of `Images`."
+    dtype, ndim = torch.uint8, 4
+    def __init__(self,
+        parts:Iterator[Tensor], # as of `stream`
+        n:int, shape, # how many, and the shape of each
+    ):
+        self.parts, self.shape = parts, torch.Size([n, *shape])
+        self.held, self.first = torch.empty(0, *shape, dtype=torch.uint8), 0
+    def __len__(self): return self.shape[0]
+    def __getitem__(self, i:slice) -> Tensor: # uint8 (B,C,H,W)
+        a, z, _ = i.indices(len(self))
+        require(a >= self.first, "these images are drawn in order and forgotten: look at them once")
+        while self.first + len(self.held) < z:
+            self.held = torch.cat([self.held[a - self.first:], to_uint8(next(self.parts)).cpu()])
+            self.first = a
+        return self.held[a - self.first:z - self.first]
+    def rest(self) -> list: # none
+        "Draw what is left, and forget it: in a team all draw, and the first one looks."
+        return [x for x in self.parts if x is None]
 
 # %% ../../nbs/running/01_model.ipynb #de1e72bb
 def save_picture(
@@ -245,6 +357,7 @@ def judge_samples(model:Model, x:Tensor, real:Tensor, shown:Images, cond:dict) -
     "What they are, their distance to the training images, and whether enlarging has changed them."
     nearby = nearest(x, real).median().item()
     result = {"n": len(x), "steps": min(50, len(model.schedule)), "method": "ddpm",
+              "precision": getattr(model.net, "precision", "float32"),
               "weights": Path(ema_file(model.config["averages"][0])).stem,
               "distance_to_nearest_training_image": nearby}
     if "low" in cond:
@@ -271,13 +384,15 @@ def judge(
     path:Path|None,   # where the samples are drawn, a .png; None: nowhere
     seed:int=0,       # of the samples
     progress:bool=False,
+    draws:Model|None=None, # the same model, as it draws; None: as it measures
 ) -> dict: # for result.json
     "100 samples, drawn and measured, and the held-out images."
     shown, few = held or d, min(10_000, 2**28 // d.images[:1].numel())     # at most 1 GB
-    x = grid_file(model, path, seed, 100, d.images[:10], progress, shown).cpu()
+    draws = draws or model
+    x = grid_file(draws, path, seed, 100, d.images[:10], progress, shown).cpu()
     real = to_float(d.images[:few])
     cond = to_show(model.config, 100, shown)[1]
-    result = {"samples": judge_samples(model, x, real, shown, cond), "held_out": None}
+    result = {"samples": judge_samples(draws, x, real, shown, cond), "held_out": None}
     if held is None: return result
     result["held_out"] = judge_held_out(model, held, real, progress)
     if d.name == "digits/train": judge_digits(result, x, real, d, held, cond)  # no folder's name

@@ -17,7 +17,7 @@ from ..checks import require, shown
 from ..data import Images, label_content, named
 from ..pictures import say
 from ..forward import Schedule
-from ..importance import LossSecondMomentSampler, UniformSampler
+from ..importance import LossSecondMomentSampler, StratifiedSampler, UniformSampler
 from ..train import Alone, Training, start_training
 from ..images.folders import Files, open_sets
 from ..conditioning.upsampler import conditioned
@@ -33,7 +33,9 @@ from ..training.loading import make_batches
 from ..training.speed import fast_network, pick_precision
 from ..training.memory import fit_memory
 from .model import Model, judge, machine
-from .underway import Work, follow, noted, unless_it_fails
+from .underway import Work, as_it_draws, follow, noted, unless_it_fails
+from .variance_alone import (frozen_mean, mean_to_keep, same_mean_bits,
+                                             same_mean_line)
 
 # %% ../../nbs/running/03_run.ipynb #ba2ed4c6
 LOCK = ".lock"   # in the folder of a run: held by the process that trains there
@@ -137,13 +139,15 @@ def first_of(d:Images, n:int) -> Images: # the first n of some images, in memory
     return Images(d.images[:n], labels, d.classes, d.name)
 
 # %% ../../nbs/running/03_run.ipynb #cf818ff3
-SAMPLERS = {"uniform": UniformSampler, "importance": LossSecondMomentSampler}
+SAMPLERS = {"uniform": UniformSampler, "stratified": StratifiedSampler,
+            "importance": LossSecondMomentSampler}
 
 def begin(
     c:Config,   # the run
     d:Images,   # its training images
     device,     # where it trains
     team=Alone(), # the processes that train together
+    mean=None,    # a trained network, for a new run that learns its variance alone
 ) -> tuple[Training, Schedule, dict]: # the training, its schedule, and what a checkpoint carries
     "The training that a configuration describes, before its first step."
     c = fit(c, d)
@@ -151,6 +155,7 @@ def begin(
     if c.data.class_cond: about["labels"] = label_content(d)
     torch.manual_seed(t.seed)
     net, s = build(about)
+    if c.diffusion.variance_only is not None: frozen_mean(net, mean)
     sampler, mine = SAMPLERS[c.diffusion.sampler](len(s)), (team.rank, team.size)
     order = t.seed + 2                       # not the numbers that t and noise are drawn from
     batches = make_batches(d, t.batch, order, device, c.data.flip, mine, c.data.workers)
@@ -257,6 +262,14 @@ def prepared(
     settled = dataclasses.replace(settled, train=dataclasses.replace(settled.train, micro=micro))
     return settled, d, held, [*d.notes, *filter(None, [described_choice(c, settled), tight])]
 
+def mean_of(
+    c:Config, d:Images, # the run, and its training images
+    resume_from,        # the folder of a run, or None
+): # the trained network of which the variance alone is learned; None: there is none
+    "What a new run copies. A checkpoint holds it, and needs no other file."
+    if resume_from is not None and checkpoints(Path(resume_from) / "checkpoints"): return None
+    return mean_to_keep(describe(c, d))
+
 ITS_OWN = "data", "root", "workers", "on_disk", "threads", "micro" # may differ between machines
 
 def in_common(c:Config, d:Images, resume:bool, judged:bool) -> dict: # of all processes of a team
@@ -308,6 +321,7 @@ def report(result:dict, folder:Path, saved:Path) -> str:
     lines += file_lines(result, folder, saved)
     if h: lines += held_out_lines(h, s)
     lines += sample_lines(s)
+    if b := result.get("bits_per_dim_of_the_same_mean"): lines.append(same_mean_line(b))
     if b := result.get("bits_per_dim_without_a_network"): lines += digits_lines(b, h, s)
     return "\n".join(lines)
 
@@ -360,6 +374,12 @@ def opening(w:Work, d:Images, device, decided) -> str: # what a person reads at 
                       f"on {where}, {c.train.precision}",
                       f"writing to {shown(w.folder)}"])
 
+def judged_run(w:Work, d, held, png, bars:bool) -> dict: # see `model.judge`
+    c, model = w.config, w.model
+    found = judge(model, d, held, png, c.train.seed, bars, as_it_draws(w))
+    if c.diffusion.variance_only is None or held is None: return found
+    return found | {"bits_per_dim_of_the_same_mean": same_mean_bits(model, held)}
+
 def training_figures(w:Work) -> dict: # of the training, for result.json
     run, t = w.run, w.config.train
     return {"steps": run.step, "seconds_of_training": run.seconds,
@@ -384,7 +404,8 @@ def train_run(
         old = all_or_none(team, lambda: entered(resume_from, team, hold))
         c, d, held, decided = all_or_none(team, lambda: prepared(c, old, device, bars, team.size))
         check_alike(team, in_common(c, d, old is not None, judged))
-        run, s, about = begin(c, d, device, team)
+        mean = all_or_none(team, lambda: mean_of(c, d, resume_from))
+        run, s, about = begin(c, d, device, team, mean)
         model, made_on = Model(spread(run.emas[0].net, team), s, about), machine(device)
         w = Work(c, run, model, say=say if team.rank == 0 else lambda text: None,
                  held=None if held is None else first_of(held, 256))
@@ -393,7 +414,7 @@ def train_run(
         saved, png = follow(w, progress), w.folder / "samples.png" if w.writes else None
         result = training_figures(w)
         if judged:
-            found = lambda: judge(model, d, held, png, c.train.seed, bars)
+            found = lambda: judged_run(w, d, held, png, bars)
             result |= unless_it_fails(w, "what is drawn and measured at the end", found) or {}
         result |= made_on | {"seed": c.train.seed}
         if w.writes: write(w.folder / "result.json", json.dumps(result, indent=1).encode())

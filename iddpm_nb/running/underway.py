@@ -25,14 +25,15 @@ from ..checks import no_memory, shown
 from ..data import Images, to_float
 from ..pictures import say
 from ..forward import model_time, q_sample
-from ..train import Stepping, Training, autocast, objective, train
+from ..train import Stepping, Training, autocast, objective, pick_precision, train
 from ..conditioning.upsampler import asked_for
 from ..training.files import write
 from ..training.checkpoint import checkpoints, mark_best, save_checkpoint
-from ..training.distributed import check_agreement
+from ..training.distributed import check_agreement, spread
 from ..training.config import Config
 from ..training.log import board, curve, log, read_log, watch
 from ..training.loading import stopping
+from ..training.speed import InPrecision, cast_once
 from ..training.memory import images_at_a_time
 from .model import Model, grid_file
 
@@ -149,6 +150,18 @@ def save(w:Work) -> Path: # the checkpoint
     if not w.notes.get("saved"): noted(w, saved=True)
     return saved
 
+def as_it_draws(w:Work) -> Model:
+    "The average as it is now, in the kind of number of the training; its weights are cast once."
+    net, size = w.run.emas[0].net, w.model.config["shape"][-1]
+    precision = pick_precision(w.config.train.precision, next(net.parameters()).device, size)
+    fast = InPrecision(cast_once(net, precision), precision)
+    return dataclasses.replace(w.model, net=spread(fast, w.run.team))
+
+def draw_grid(w:Work):
+    "samples/STEP.png."
+    grid = w.folder / "samples" / f"{w.run.step:07d}.png" if w.writes else None
+    grid_file(as_it_draws(w), grid, w.config.train.seed, shown=w.held)
+
 def keep_up(
     w:Work,   # the run
     m:dict,   # metrics of `watch`, and whether the run is to "halt"
@@ -161,9 +174,7 @@ def keep_up(
         measure_held_out(w)
         if w.writes: unless_it_fails(w, "curve.png", functools.partial(curve, w.folder))
     if t.sample_every and step % t.sample_every == 0:
-        grid = w.folder / "samples" / f"{step:07d}.png" if w.writes else None
-        draw = functools.partial(grid_file, w.model, grid, t.seed, shown=w.held)
-        unless_it_fails(w, "a grid of samples", draw)
+        unless_it_fails(w, "a grid of samples", functools.partial(draw_grid, w))
     return saved
 
 # %% ../../nbs/running/02_underway.ipynb #6d33d9e5

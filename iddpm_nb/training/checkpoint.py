@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -107,15 +108,20 @@ def load_model(
     return net.to(device).eval(), s.to(device), config
 
 # %% ../../nbs/training/03_checkpoint.ipynb #60e6cb0e
+def own_random(device) -> dict: # what reads torch's own random numbers and what sets them
+    there = {"torch": (torch.get_rng_state, torch.set_rng_state)}
+    if device.type == "cpu": return there
+    module = torch.get_device_module(device)               # torch.cuda, torch.mps, ...
+    return there | {device.type: (lambda: module.get_rng_state(device),
+                                  lambda state: module.set_rng_state(state, device))}
+
 def training_state(
     run:Training, # the training
 ) -> dict:
     "All that a training must remember besides its weights."
     device = next(run.net.parameters()).device
-    rng = {"torch": run.team.gather(torch.get_rng_state()[None]),    # dropout's, of each process
-           "run": run.generator.get_state()}
-    if device.type == "cuda":
-        rng["cuda"] = run.team.gather(torch.cuda.get_rng_state(device)[None])
+    rng = {k: run.team.gather(get()[None]) for k, (get, _) in own_random(device).items()}  # dropout
+    rng["run"] = run.generator.get_state()
     return {"step": run.step, "seconds": run.seconds, "opt": run.opt.state_dict(),
             "emas": {e.name: e.step for e in run.emas}, "sampler": run.sampler.state_dict(),
             "batches": run.batches.state_dict(), "rng": rng, "device": device.type}
@@ -202,11 +208,9 @@ def random_like(own, saved): # a saved random state, if it has the form of this 
 def restore_random(run, rng, device): # as far as another device or number of processes allows
     mine, rank, seed = run.generator.device, run.team.rank, run.generator.initial_seed()
     def own(kind): return len(rng.get(kind, ())) == run.team.size
-    if own("torch"): torch.set_rng_state(random_like(torch.get_rng_state(), rng["torch"][rank]))
-    else: torch.manual_seed(seed + 1 + 1000 * rank + run.step)  # other dropout in each process
-    if mine.type == "cuda" and own("cuda"):
-        here = torch.cuda.get_rng_state(mine)
-        torch.cuda.set_rng_state(random_like(here, rng["cuda"][rank]), mine)
+    if not own("torch"): torch.manual_seed(seed + 1 + 1000 * rank + run.step)  # in each another
+    for k, (get, put) in own_random(mine).items():
+        if own(k): put(random_like(get(), rng[k][rank]))
     if mine.type != device: run.generator.manual_seed(seed + run.step)
     else: run.generator.set_state(random_like(run.generator.get_state(), rng["run"]))
 
@@ -372,13 +376,15 @@ def is_step(path) -> bool: # does a checkpoint's state say the step that its fol
 
 def whole(
     path:Path, # a checkpoint's folder
+    read:Collection|None=None, # files to be compared with their checksums, by name; None: all
 ) -> bool:
-    "Whether every file has the checksum it was written with, and the folder the name of its step."
+    "Whether all files are there, as they were written, and the folder has the name of its step."
     file = path / "checksums.json"
     try:
         if not file.is_file(): return False
         sums = checked(parsed(file.read_bytes(), file), dict[str, str], file)
-        kept = all((path / k).is_file() and checksum(path / k) == v for k, v in sums.items())
+        kept = all((path / k).is_file() for k in sums) and all(
+            checksum(path / k) == sums.get(k) for k in (sums if read is None else read))
         return {"model.safetensors", "state.pt"} <= sums.keys() and kept and is_step(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return False

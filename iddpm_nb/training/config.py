@@ -70,7 +70,12 @@ class DiffusionConfig:
     variance: Variances = "learned"         # of the reverse steps; hybrid and vlb learn it
     # weight of L_vlb in the hybrid loss, per bit
     lam: Annotated[float, Meta(ge=0, le=1e9)] = 0.001
-    sampler: Literal["uniform", "importance"] = "uniform" # how t is drawn; importance is for vlb
+    # how t is drawn: stratified takes one t from each of as many equal parts of the chain as the
+    # batch has images; importance is for vlb
+    sampler: Literal["uniform", "stratified", "importance"] = "uniform"
+    # a trained model with a fixed variance (the folder of a run, or a file): its mean is kept to
+    # the last bit, and the variance alone is trained. Network, T and schedule are the model's
+    variance_only: Text | None = None
 
 # %% ../../nbs/training/05_config.ipynb #9762a831
 Times = Annotated[int, Meta(ge=1, le=10**9)]
@@ -159,6 +164,18 @@ def check_config(
     require(loss != "simple" or variance != "learned",
             "the simple loss gives the variance no signal: use --variance beta (or beta_tilde) "
             "with it, or --loss hybrid")
+    if c.diffusion.variance_only is not None: check_alone(c)
+
+def check_alone(
+    c:Config, # in which the variance alone is trained
+):
+    "One sentence for what would train something else, or change the mean."
+    require(c.diffusion.loss == "hybrid",
+            "--variance-only says what is trained: leave --loss and --variance out")
+    require(c.diffusion.lam > 0, "--variance-only with --lam 0 trains nothing: leave --lam out")
+    require(not c.model.dropout and not c.train.weight_decay,
+            "--variance-only keeps the mean as it is, and --dropout or --weight-decay would change "
+            "it: leave them out")
 
 def square(
     d:Images, # the images
@@ -305,6 +322,7 @@ def describe(
     diffusion, t = c.diffusion, c.train
     out = 2 * C if diffusion.variance == "learned" else C
     network = dict(in_channels=C, out_channels=out, image_size=size, **dataclasses.asdict(c.model))
+    if diffusion.variance_only is not None: network["apart"] = True    # eps_hat as without u
     return {"network": network | conditions(c, d),
             "schedule": {"name": diffusion.schedule, "T": diffusion.T,
                          "rescale_t": diffusion.rescale_t},

@@ -48,6 +48,7 @@ class Network(Struct, forbid_unknown_fields=True):
     groups: Width = 32
     low_size: Size | UnsetType = UNSET
     augment: Noise = 0.0
+    apart: bool = False
 
 class Chain(Struct, forbid_unknown_fields=True):
     "Arguments of `make_schedule`."
@@ -96,7 +97,7 @@ def fault(
     if " field " in said:
         what = "no" if "missing" in said else "an entry that is not known here:"
         return f"{name} has {what} {shown(said.split('`')[1])}"
-    for step in re.findall(r"\w+", place):
+    for step in re.findall(r"\w+", place.partition("[...]")[0]):   # of a table no key is told
         value = value[int(step) if step.isdigit() else step]
     found = shown(reprlib.repr(value))
     if "enum" in said: return f"{name} is {found}, which is none of its choices"

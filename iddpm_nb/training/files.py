@@ -36,7 +36,7 @@ def sync(
 
 def write(
     path:Path,  # where
-    data:bytes, # what
+    data:object, # what: bytes, or a function that writes them into an open file, piece by piece
 ):
     "Write a file so that after a crash it is whole, or as it was before."
     path = Path(path)
@@ -46,7 +46,8 @@ def write(
         if fcntl:
             with suppress(OSError):
                 fcntl.flock(f, fcntl.LOCK_EX)  # some disks have no locks
-        f.write(data)
+        if callable(data): data(f)
+        else: f.write(data)
         f.flush()
         os.fsync(f.fileno())
         if not fcntl: f.close()  # Windows renames no open file

@@ -20,10 +20,9 @@ from ..checks import require
 from ..data import free_memory
 from ..schedule import make_schedule
 from ..unet import WRITTEN_OUT
-from ..train import Alone, train_step
+from ..train import Alone, native_bfloat16, train_step
 from .checkpoint import network
 from .distributed import Wrapped
-from .speed import native_bfloat16
 
 # %% ../../nbs/training/09_memory.ipynb #26ddc306
 class Alive(TorchDispatchMode):
@@ -58,8 +57,8 @@ def peak_memory(
 ) -> tuple[int, int]: # bytes, in float32 and weights aside; numbers in the largest tensor
     "What one image needs at the fullest moment of a forward without gradients."
     bare = {id(b): b.to("meta") for b in net.buffers()}
-    for p in net.parameters():
-        bare[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+    for p in net.parameters():           # weights that are cast already count as the others do
+        bare[id(p)] = nn.Parameter(p.detach().to("meta", torch.float32), p.requires_grad)
     net = copy.deepcopy(net, bare)    # it finds each weight copied already, without its numbers
     with torch.no_grad(), Alive([*net.parameters(), *net.buffers()]) as seen:
         x, t = (torch.empty(1, *more, device="meta") for more in (shape, ()))
@@ -75,6 +74,18 @@ def imitated(precision:str, device) -> bool:
 # %% ../../nbs/training/09_memory.ipynb #de4667c9
 MOST = 256   # images at a time, in each process
 
+COUNTED = weakref.WeakKeyDictionary()   # networks, and what was counted of them
+
+def known_peak(
+    net:nn.Module, shape, cond:dict, # as for `peak_memory`
+) -> tuple[int, int]: # the same
+    "`peak_memory`, once for each network and each form of what it is given."
+    told = tuple((k, v.shape[1:], v.dtype) for k, v in sorted(cond.items()))
+    form = tuple(shape), told, frozenset(p.dtype for p in net.parameters())
+    known = COUNTED.setdefault(net, {})
+    if form not in known: known[form] = peak_memory(net, shape, **cond)
+    return known[form]
+
 # %% ../../nbs/training/09_memory.ipynb #3f860efd
 def images_at_a_time(
     net:nn.Module, # as it will be called
@@ -89,7 +100,7 @@ def images_at_a_time(
         if imitated(getattr(net, "precision", "float32"), device): copies = 2 * copies
         net = net.net
     try:
-        each, largest = peak_memory(net, shape, **(cond or {}))
+        each, largest = known_peak(net, shape, cond or {})
     except (RuntimeError, TypeError, ValueError):
         each, largest = 1, 1  # it will say so if called
     room = min(MOST, free_memory(device) // (2 * copies * each), (2**31 - 1) // (copies * largest))

@@ -557,9 +557,9 @@ def test_the_latest_checkpoint_is_read_and_not_the_others(monkeypatch):
     line = [*TRAIN, "--steps", 6, "--data", "low.npz", "--out", "long", "--keep", 3]
     assert ask(iddpm_train, *line)[0] == 0
     read, real = [], models.whole
-    monkeypatch.setattr(models, "whole", lambda p: read.append(p.name) or real(p))
+    monkeypatch.setattr(models, "whole", lambda p, *only: read.append(p.name) or real(p, *only))
     models.load("long")
-    assert read == [checkpoints(Path("long/checkpoints"))[-1].name] == ["0000006"]
+    assert {*read} == {checkpoints(Path("long/checkpoints"))[-1].name} == {"0000006"}
 
 
 # official files that are of another code

@@ -166,7 +166,7 @@ def asked_of(job:Job, part): # the labels that are asked for, int64; None: whate
     y = asked_labels(job.o, job.names, job.small, job.n)
     return None if y is None else y[part.places]
 
-def labels_of(job:Job, part): # int64, or None; what chance brings are the first numbers of a seed
+def labels_drawn(job:Job, part): # int64, or None; chance brings the first numbers of a seed
     if (y := asked_of(job, part)) is not None or not job.knows: return y
     chance = (torch.Generator().manual_seed(part.seed + 2) if job.base    # as `cascade` has it
               else job.model.random_numbers(part.seed))
@@ -191,7 +191,7 @@ def sampled(job:Job, part, shown:dict) -> dict: # `shown`: of `one_bar`
     "Images; small images and labels, where there are any."
     draw = in_two_stages if job.base else in_one_stage
     x, low = draw(job, part, asked_of(job, part), shown)
-    made = {"images": x, "low": low, "labels": labels_of(job, part)}
+    made = {"images": x, "low": low, "labels": labels_drawn(job, part)}
     return {k: v for k, v in made.items() if v is not None}
 
 # %% ../../nbs/cli/03_sample.ipynb #6c7a41ce
@@ -271,7 +271,7 @@ def begun(folder:Path) -> str | None: # as of `mark_of`; None: nobody has begun 
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return (folder / BEGUN).read_text()
 
-def begin(folder:Path, mark:str):
+def begin_folder(folder:Path, mark:str):
     "A folder for what is drawn one after the other: a new one, or that of the same images."
     its = begun(folder)
     foreign = its is None and folder.exists() and any(p.name[0] != "." for p in folder.iterdir())
@@ -339,7 +339,7 @@ def in_parts(job:Job, parts) -> str | None: # what was written, by the first pro
         def keep(part, made):
             arrays = {k: plain(v) for k, v in made.items()}
             write(file(part), lambda f: np.savez(f, **arrays))
-        begin(folder, mark)
+        begin_folder(folder, mark)
         sweep(png.parent)
         with to_go_on(folder):
             draw_missing(job, parts, lambda part: file(part).is_file(), keep)
@@ -369,11 +369,11 @@ def as_pngs(job:Job, parts) -> str | None: # what was written, by the first proc
             write(folder / name(i), png_of(x))
     busy = f"another process is drawing into {shown(folder)}"
     mark = mark_of(job)
-    begin(folder, mark)
+    begin_folder(folder, mark)
     with lock(folder / ".lock", busy), to_go_on(folder):
         draw_missing(job, parts, there, keep)
         if job.knows:
-            y = [job.names[k] for part in parts for k in labels_of(job, part).tolist()]
+            y = [job.names[k] for part in parts for k in labels_drawn(job, part).tolist()]
             lines = [f"{name(i)} {shown(c)}\n" for i, c in enumerate(y)]
             write(folder / "labels.txt", "".join(lines).encode())
     more = ", and their classes in labels.txt" if job.knows else ""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -51,6 +52,13 @@ def short_of_memory(self, x, *args, forward=UNet.forward, **cond): # without gra
     return forward(self, x, *args, **cond)
 
 
+def both_left(name):
+    "Wait until both have left the meeting place: it is the next training's too."
+    (HOME / f"left {name}, {RANK}").touch()
+    while not all((HOME / f"left {name}, {r}").exists() for r in (0, 1)):
+        time.sleep(0.01)
+
+
 heard = {}
 pictures(HOME / f"data{RANK}", seed=RANK)
 for name, c, how in trainings():
@@ -65,6 +73,7 @@ for name, c, how in trainings():
     except (ValueError, OSError) as e:
         heard[name] = f"{type(e).__name__}: {e}"
         if dist.is_initialized(): dist.destroy_process_group()
+    both_left(name)
 said = io.StringIO()
 with contextlib.redirect_stderr(said):  # a machine that does not see the folder, as typed
     try:

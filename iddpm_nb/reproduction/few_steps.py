@@ -15,6 +15,7 @@ from ..checks import require
 from ..forward import Schedule, at
 from ..variance import fixed_logvar, learned_logvar, u_from_variance
 from ..sampling import normal, respace, space_timesteps
+from .studies import step_of
 from .optimal import best_variance
 
 # %% ../../nbs/reproduction/06_few_steps.ipynb #6f1e0006
@@ -212,7 +213,7 @@ def as_network(
     def eps_hat(x, t_model):
         require(x[0].numel() == net.gain.shape[1], f"this denoiser has {net.gain.shape[1]} modes, "
                 f"and the images have {x[0].numel()} pixels")
-        k = (s.t_model - t_model.double()[:, None]).abs().argmin(1)
+        k = step_of(s, t_model)
         y = x.flatten(1) if modes is None else x.flatten(1) @ modes.to(x)
         own = net.stray[k].sqrt() * normal(y.shape, generator, y.device)
         y = net.gain[k].to(x) * y + own.to(x)

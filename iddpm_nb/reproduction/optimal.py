@@ -8,13 +8,14 @@ __all__ = ['best_variance', 'WithVariance', 'with_best']
 # %% ../../nbs/reproduction/05_optimal.ipynb #22ff2948
 from typing import NamedTuple
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..checks import require
 from ..pictures import progress_bar
 from ..forward import Schedule, at, model_time, q_sample
 from ..posterior import data_weights
 from ..variance import p_gaussian, reverse_variance, split_out, u_from_variance
 from ..sampling import evaluating, normal, respace, space_timesteps
+from .studies import Changed
 
 # %% ../../nbs/reproduction/05_optimal.ipynb #1d6de16b
 def excess(
@@ -110,28 +111,18 @@ def error_from_norm(
     return (1 - s.alpha_bar) / s.alpha_bar * (1 - norm.double())
 
 # %% ../../nbs/reproduction/05_optimal.ipynb #ee3d0136
-class WithVariance(nn.Module):
+class WithVariance(Changed):
     "A network with its own mean and a given variance, for one schedule: respace first, then wrap."
     # var: (T,) for each t, or (T,C,H,W) for each t and pixel
     def __init__(self, net:object, s:Schedule, var:Tensor):
-        super().__init__()
         require(len(var) == len(s), f"{len(s)} steps but {len(var)} variances: wrap the network "
                 "for the schedule that is used")
         require((var > 0).all() and var.isfinite().all(), "variances must be positive and finite")
-        self.net, self.t_model = net, s.t_model
         u = u_from_variance(s, var.double().to(s.beta.device),
                             torch.arange(len(s), device=s.beta.device))
-        # tables stay with the schedule, as everywhere
-        self.u = u if u.ndim > 1 else u.reshape(-1, 1, 1, 1)
-
-    def forward(self, x:Tensor, t_model:Tensor, **cond) -> Tensor: # (B,2C,H,W)
-        "The network's own eps_hat, and u of the table."
-        eps = self.net(x, t_model, **cond)[:, :x.shape[1]]
-        off = (self.t_model - t_model.to(self.t_model)[:, None]).abs()
-        require(off.device.type != "cpu" or off.amin(1).max() <= 1e-3, "shown a t that is none of "
-                "this schedule's: wrap the network for the schedule that is used")
-        eps = eps.to(torch.promote_types(eps.dtype, x.dtype))  # u must not be rounded to bfloat16
-        return torch.cat([eps, self.u[off.argmin(1)].to(eps).expand_as(eps)], 1)
+        u = u if u.ndim > 1 else u.reshape(-1, 1, 1, 1)
+        super().__init__(net, s, lambda out, x, t: (out[:, :x.shape[1]], u[t]))
+        self.u = u    # a table stays with the schedule, as everywhere
 
 def with_best(
     net:object,   # (x, t_model, **cond) -> out

@@ -10,7 +10,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..checks import require
 from ..data import Images, to_float, to_uint8
 from ..forward import Schedule, model_time, q_sample
@@ -19,6 +19,7 @@ from ..importance import LossSecondMomentSampler
 from ..train import objective
 from ..sampling import respace, sample, space_timesteps
 from ..likelihood import bits_per_dim, choose_t
+from ..training.distributed import Wrapped
 from ..training.speed import InPrecision
 from ..measuring.metrics import frechet, statistics
 from ..measuring.features import Features, extract
@@ -119,6 +120,7 @@ def quality(
     s:Schedule|None=None, # the chain to draw with; None: `task.steps` evenly spaced steps
     variance:str|None=None, method:str="ddpm", # as for `sampling.sample`
     n:int|None=None,      # samples; None: `task.samples`
+    clip_x0:bool=True,    # as for `sampling.sample`
 ) -> dict: # of `judged`; of a model that diverged, a distance that is no number
     "Samples, and how far they are from the training images."
     model = task.model
@@ -126,7 +128,8 @@ def quality(
     generator = torch.Generator(model.schedule.beta.device).manual_seed(task.seed)
     net = InPrecision(model.net, task.precision).eval()
     x = sample(net, s, (n or task.samples, *model.config["shape"]), None, method,
-               generator=generator, progress=False, variance=variance or model.config["variance"])
+               generator=generator, progress=False, clip_x0=clip_x0,
+               variance=variance or model.config["variance"])
     return judged(task, to_uint8(x.cpu())) if x.isfinite().all() else {"distance": math.nan}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #202bfac1
@@ -183,23 +186,36 @@ def respaced_bits(task:Task, Ks=(25, 50, 100, 250)) -> dict: # {K: `held_out_bit
             for K in Ks if K < len(task.model.schedule)}
 
 # %% ../../nbs/reproduction/01_studies.ipynb #089547cf
-class Quiet(nn.Module):
-    "A network whose variance is beta_tilde where alpha_bar is above a level, its own elsewhere."
-    def __init__(self, net:object, s:Schedule, level:float): # for one schedule
-        super().__init__()
-        self.net, self.s, self.level = net, s, level
+def step_of(
+    s:Schedule, t_model:Tensor, # what a network is shown in a chain of this schedule, (B,)
+) -> Tensor: # 0-based steps, int64 (B,)
+    "The inverse of `forward.model_time`."
+    off = (s.t_model - t_model.to(s.t_model)[:, None]).abs()
+    require(off.device.type != "cpu" or off.amin(1).max() <= 1e-3, "shown a t that is none of "
+            "this schedule's: wrap the network for the schedule that is used")
+    return off.argmin(1)
 
-    def forward(self, x:Tensor, t_model:Tensor) -> Tensor: # (B,2C,H,W)
-        "eps_hat, and u."
-        eps, u = split_out(self.net(x, t_model), x)
-        t = (self.s.t_model - t_model.double()[:, None]).abs().argmin(1)
-        quiet = (self.s.alpha_bar[t] > self.level)[:, None, None, None]
-        return torch.cat([eps, torch.where(quiet, -1.0, u)], 1)   # v = 0
+class Changed(Wrapped):
+    "A network for one schedule, whose output is changed: respace first, then wrap."
+    # change: (out, x, t) -> eps_hat, u; t the 0-based step of this schedule, int64 (B,)
+    def __init__(self, net:object, s:Schedule, change:object):
+        super().__init__(net)
+        self.s, self.change = s, change
+
+    def forward(self, x:Tensor, t_model:Tensor, **cond) -> Tensor: # (B,2C,H,W)
+        "eps_hat and u of `change`."
+        t = step_of(self.s, t_model)
+        eps, u = self.change(self.net(x, t_model, **cond), x, t)
+        eps = eps.to(torch.promote_types(eps.dtype, x.dtype))  # u must not be rounded to bfloat16
+        return torch.cat([eps, u.to(eps).expand_as(eps)], 1)
 
 def quiet_end(task:Task, Ks=(10, 25, 50), levels=(0.99, 0.9, 0.5)) -> dict:
     "{level: {K: `quality`}} with beta_tilde near the clean end."
-    def asked(s, level): # the same task, with that network
-        net = Quiet(task.model.net.eval(), s, level)
+    def asked(s, level): # the same task, with that variance
+        def change(out, x, t):
+            eps, u = split_out(out, x)
+            return eps, torch.where((s.alpha_bar[t] > level)[:, None, None, None], -1.0, u)
+        net = Changed(task.model.net.eval(), s, change)              # u = -1 is v = 0
         return quality(replace(task, model=replace(task.model, net=net)), s)
     return {level: {K: asked(spaced(task.model.schedule, K), level) for K in Ks}
             for level in levels}

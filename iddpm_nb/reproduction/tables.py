@@ -26,7 +26,8 @@ from ..measuring.metrics import fidelity
 from ..measuring.features import get_features
 from ..measuring.compare import reference
 from ..running.model import Model, load, machine
-from ..running.run import LOCK, pick_device, reading, recall, saved_config, train_run
+from ..running.folder import LOCK, saved_config
+from ..running.run import pick_device, reading, recall, train_run
 from ..cli.commands import command, options, printed
 from .studies import (Plain, Task, few_steps, floor, full_length, gradients,
                                            held_out_bits, many_steps, quiet_end, respaced_bits,
@@ -60,8 +61,8 @@ def trained(
                 f"clip {had[1]}, not {asked[0]} and {asked[1]}: choose another --runs")
     done = read_result(folder) and whole(folder / "checkpoints" / f"{c.train.steps:07d}")
     if not done:
-        train_run(c, None if old else folder, folder if old else None, device, progress,
-                  lambda text: None, judged=False)
+        train_run(c, out=None if old else folder, resume_from=folder if old else None,
+                  device=device, progress=progress, say=lambda text: None, judged=False)
     return load(folder, device=pick_device(device))
 
 # %% ../../nbs/reproduction/04_tables.ipynb #0c9b5e13

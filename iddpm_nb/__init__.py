@@ -3,7 +3,7 @@ import os
 import sys
 from importlib import import_module
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 
 
 def _lazily(package, homes):
@@ -23,6 +23,7 @@ def _give_way():
 
 _HOMES = {"Schedule": "forward", "make_schedule": "schedule", "UNet": "unet", "sample": "sampling",
           "bits_per_dim": "likelihood", "Config": "training.config", "load_openai": "interop",
-          "to_openai": "interop", "to_diffusers": "interop", "load": "running.model", "train_run": "running.run"}
+          "to_openai": "interop", "to_diffusers": "interop", "load": "running.model", "train_run": "running.run",
+          "push_to_hub": "running.sharing"}
 __all__ = list(_HOMES)
 __getattr__ = _lazily(__name__, _HOMES)

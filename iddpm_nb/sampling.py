@@ -19,7 +19,7 @@ from .checks import require, settled
 from .pictures import progress_bar
 from .forward import Schedule, at, model_time
 from .posterior import eps_from_x0
-from .variance import p_gaussian
+from .variance import p_gaussian, split_out
 
 # %% ../nbs/09_respaced_sampling.ipynb #d79778c4
 def ddpm_step(
@@ -144,6 +144,16 @@ class Sampling:
         if self.method == "ddim": return ddim_step(s, out, xt, t, noise, self.eta, self.clip_x0)
         return ddpm_step(s, out, xt, t, noise, self.clip_x0, self.variance)
 
+    def parts(self,
+        s:Schedule, out:Tensor, xt:Tensor, t:Tensor, # as for `step`
+    ) -> tuple[Tensor, Tensor, Tensor]: # (B,C,H,W) each, as `Watched` has them
+        "What this step is made of: x0_hat, eps_hat and the log variance of its noise."
+        ddim = self.method == "ddim"
+        p = p_gaussian(s, out, xt, t, self.clip_x0, "beta" if ddim else self.variance)
+        var = self.eta**2 * s.beta_tilde
+        logvar = at(var.log(), t, xt).expand_as(xt) if ddim else p.logvar
+        return p.x0_hat, split_out(out, xt)[0], logvar
+
 # %% ../nbs/09_respaced_sampling.ipynb #41f0c18d
 def normal(
     shape,      # of the noise
@@ -167,16 +177,17 @@ def evaluating(net):
         for m, training in was:
             m.training = training
 
-def check_request(shape, cond, x_T):
+def check_request(shape, cond, x_T, given):
     "Refuse what `sample` cannot do, in one sentence."
     require(len(shape) == 4 and all(hasattr(n, "__index__") and n > 0 for n in shape),
             f"shape must be four whole numbers (N,C,H,W), all at least 1, got {tuple(shape)}")
     if x_T is not None and x_T.shape != torch.Size(shape):
         raise ValueError(f"x_T has shape {tuple(x_T.shape)}, but images of shape {tuple(shape)} "
                          "are asked for")
-    for k, v in (cond or {}).items():
+    rows = [("cond", k, v) for k, v in (cond or {}).items()]
+    for name, k, v in rows + [("given", k, v) for k, v in (given or {}).items()]:
         if not torch.is_tensor(v) or v.ndim == 0 or len(v) != shape[0]:
-            raise ValueError(f"cond[{k!r}] must be a tensor with a row for "
+            raise ValueError(f"{name}[{k!r}] must be a tensor with a row for "
                              f"each of the {shape[0]} images, got "
                              f"{tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}")
 
@@ -195,7 +206,72 @@ class Step(NamedTuple):
     t: int          # the step just taken, 0-based; after t = 0 the images are done
     x: Tensor       # x_{t-1}, (B,C,H,W)
 
+class Watched(NamedTuple):
+    "The same with all that the step was made of, for whoever watches."
+    t: int          # as of `Step`
+    x: Tensor       # x_{t-1}, (B,C,H,W)
+    x0_hat: Tensor  # the clean images that the step was formed from: clipped, if clip_x0
+    eps_hat: Tensor # the noise that the network sees, after the guide's word; never clipped
+    logvar: Tensor  # of the step's noise; of DDIM log(eta^2 beta_tilde), -inf where that is 0
+
+def steered(
+    guide:Callable, # (s, x, t, out, **given) -> out
+    s:Schedule, x:Tensor, t:Tensor, out:Tensor, # as for `ddpm_step`
+    given:dict,     # what the guide is told besides
+) -> Tensor: # shaped as out
+    "The output that the guide puts in the place of the network's; gradients are enabled for it."
+    with torch.enable_grad():
+        new = guide(s, x, t, out, **given)
+    said = f"{new.dtype} {tuple(new.shape)}" if torch.is_tensor(new) else type(new).__name__
+    require(said == f"{out.dtype} {tuple(out.shape)}", f"the guide must return what takes the "
+            f"place of the network's output, {out.dtype} {tuple(out.shape)}, got {said}")
+    return new
+
 # %% ../nbs/09_respaced_sampling.ipynb #9b2a25c7
+@dataclass(frozen=True, eq=False)
+class Reverse:
+    "A reverse chain: who takes part in its steps, and one step of it."
+    net: object        # as for `chain`, like all that follows
+    s: Schedule
+    how: Sampling
+    generator: torch.Generator|None = None
+    cond: dict|None = None
+    guide: Callable|None = None
+    given: dict|None = None
+    watch: Callable|None = None
+    tick: Callable = lambda: None
+
+    def out(self,
+        x:Tensor, t:Tensor, # of one chunk
+        p:slice,            # its place among all images
+    ) -> Tensor: # of the network, and of the guide if there is one
+        "What the step is formed from."
+        cond, given = ({k: v[p] for k, v in (d or {}).items()} for d in (self.cond, self.given))
+        out = self.net(x, model_time(self.s, t), **cond).to(x.dtype)
+        self.tick()
+        return out if self.guide is None else steered(self.guide, self.s, x, t, out, given)
+
+    @torch.no_grad()
+    def back(self,
+        x:Tensor, i:int, # x_t of all images, and the t of all
+    ) -> Tensor: # x_{t-1}
+        "One step; a chunk is shown to the network at a time."
+        t, how = torch.full((len(x),), i, device=x.device), self.how
+        seen = [torch.empty_like(x) for _ in range(3)] if self.watch else None
+        def moved(x, t, noise, p): # one chunk
+            out = self.out(x, t, p)
+            for all_, its in zip(seen, how.parts(self.s, out, x, t)) if seen else ():
+                all_[p] = its
+            return how.step(self.s, out, x, t, noise)
+        noisy = how.method == "ddpm" or how.eta
+        # for all images at once
+        noise = normal(x.shape, self.generator, x.device).to(x) if noisy else torch.zeros_like(x)
+        for p in in_chunks(len(x), how.chunk):         # in the place of the noise, which is spent
+            noise[p] = moved(x[p], t[p], noise[p], p)
+        if seen: self.watch(Watched(i, noise, *seen))
+        return noise
+
+# %% ../nbs/09_respaced_sampling.ipynb #9a5ed010
 @torch.no_grad()
 def chain(
     net:object,        # (x, t_model, **cond) -> out
@@ -203,24 +279,18 @@ def chain(
     x:Tensor,          # where to start: x_T, (B,C,H,W)
     how:Sampling=Sampling(), # its `steps` are those of `s`
     generator:torch.Generator|None=None, # of the noise
-    cond:dict|None=None, # further arguments of the network
+    cond:dict|None=None, # further arguments of the network, each with B rows
     *,
+    guide:Callable=None, # (s, x, t, out, **given) -> out: what takes the place of the network's out
+    given:dict|None=None, # further arguments of the guide, each with B rows
+    watch:Callable=None, # called after each step with a `Watched`
     tick:Callable=lambda: None, # called after each chunk
 ) -> Iterator[Step]:
     """The reverse chain step by step, from t = T-1 to 0. The network is used in the mode in which
-    it is."""
-    def moved(x, t, noise, **cond): # one chunk
-        out = net(x, model_time(s, t), **cond).to(x.dtype)
-        tick()
-        return how.step(s, out, x, t, noise)
-    noisy = how.method == "ddpm" or how.eta
+    it is; the guide is called with gradients enabled, for a chunk at a time."""
+    reverse = Reverse(net, s, how, generator, cond, guide, given, watch, tick)
     for i in reversed(range(len(s))):
-        t = torch.full((len(x),), i, device=x.device)
-        # for all images at once
-        noise = normal(x.shape, generator, x.device).to(x) if noisy else torch.zeros_like(x)
-        for p in in_chunks(len(x), how.chunk):         # in the place of the noise, which is spent
-            noise[p] = moved(x[p], t[p], noise[p], **{k: v[p] for k, v in (cond or {}).items()})
-        x = noise
+        x = reverse.back(x, i)
         yield Step(i, x)
 
 # %% ../nbs/09_respaced_sampling.ipynb #4d0804b2
@@ -236,6 +306,7 @@ def sample(
     *,
     x_T:Tensor=None,   # where to start, (N,C,H,W); None: noise
     callback:Callable=None, # called after every step with (t, x)
+    guide:Callable=None, given:dict|None=None, watch:Callable=None, # as for `chain`
     **how,             # of `Sampling`: variance, clip_x0, chunk
 ) -> Tensor: # (N,C,H,W), float32, in [-1,1] if clip_x0
     "Images from noise, where the network lives; for a plain function, where the schedule does."
@@ -245,14 +316,15 @@ def sample(
         steps = settled(steps, Sampling, named | how)
     else:
         steps = Sampling(steps, method, eta, **how)
-    check_request(shape, cond, x_T)
+    check_request(shape, cond, x_T, given)
     s = s if steps.steps is None else respace(s, space_timesteps(len(s), steps.steps))
     device = home(net, s)
     s = s.to(device)
     x_T = normal(shape, generator, device) if x_T is None else x_T.to(device, torch.float32)
-    cond = {k: v.to(device) for k, v in (cond or {}).items()}
+    cond, given = ({k: v.to(device) for k, v in (d or {}).items()} for d in (cond, given))
     calls = len(in_chunks(len(x_T), steps.chunk)) * len(s)
     with evaluating(net), progress_bar(calls, "step", progress) as bar:
-        for step in chain(net, s, x_T, steps, generator, cond, tick=bar.update):
+        for step in chain(net, s, x_T, steps, generator, cond, guide=guide, given=given,
+                          watch=watch, tick=bar.update):
             if callback: callback(*step)
     return step.x

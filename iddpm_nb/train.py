@@ -7,32 +7,62 @@ __all__ = ['objective', 'pick_precision', 'Stepping', 'train_step', 'EMA', 'lear
 
 # %% ../nbs/08_training.ipynb #ae0190c5
 import copy
+import platform
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .checks import require, settled
 from .forward import Schedule, model_time, q_sample
+from .variance import split_out
 from .losses import l_hybrid, l_simple, l_vlb
 
 # %% ../nbs/08_training.ipynb #ae5edd8b
 def objective(
-    loss:str,   # "simple", "hybrid" or "vlb"
+    loss:object, # "simple", "hybrid" or "vlb"; or a loss of your own, see `own_objective`
     s:Schedule, out:Tensor, x0:Tensor, xt:Tensor, t:Tensor, eps:Tensor, # as for `l_hybrid`
     lam:float=0.001, # weight of L_vlb in the hybrid loss, per bit
 ) -> Tensor: # (B,)
-    "One of the paper's three losses by name."
+    "One of the paper's three losses by name, or another one."
+    if callable(loss): return own_objective(loss, s, out, x0, xt, t, eps, lam)
     if loss == "hybrid": return l_hybrid(s, out, x0, xt, t, eps, lam)
     if loss == "simple": return l_simple(out, eps)
     if loss == "vlb": return l_vlb(s, out, x0, xt, t)
-    raise ValueError(f"unknown loss {loss!r}: choose simple, hybrid or vlb")
+    raise ValueError(f"unknown loss {loss!r}: choose simple, hybrid or vlb, or give a function")
+
+# %% ../nbs/08_training.ipynb #0a7e1c51
+def own_objective(
+    loss:object, # (s, out, x0, xt, t, eps) -> (B,)
+    s:Schedule, out:Tensor, x0:Tensor, xt:Tensor, t:Tensor, eps:Tensor, lam:float, # as above
+) -> Tensor: # (B,)
+    "A loss of eps_hat, and lam L_vlb for u, as in L_hybrid; or one with `trains_u`, for both."
+    eps_hat, u = split_out(out, xt)
+    both = getattr(loss, "trains_u", False)
+    value = loss(s, out if both else eps_hat, x0, xt, t, eps)
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    require(got == (len(t),), f"a loss gives one number for each of the {len(t)} images, this one "
+            f"gives {got}")
+    require(value.requires_grad or not out.requires_grad,
+            "this loss does not depend on what the network gives: nothing would be learned")
+    if u is None or both: return value
+    return value + lam * l_vlb(s, torch.cat([eps_hat.detach(), u], 1), x0, xt, t)
 
 # %% ../nbs/08_training.ipynb #67dc4aa6
-def native_bfloat16() -> bool:
-    "Does this CPU multiply bfloat16 numbers by itself (AMX or AVX512-BF16)?"
-    asked = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
-    return any(getattr(torch.cpu, ask, bool)() for ask in asked)
+def on_amd() -> bool:
+    "Is this a processor of AMD's?"
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        told = platform.processor()                     # elsewhere than on Linux
+    return "AuthenticAMD" in told
+
+def fast_bfloat16() -> bool:
+    "Is bfloat16 faster here? On a CPU with AMX, and on AMD's with AVX512-BF16."
+    amx, avx = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in
+                ("amx_tile", "avx512_bf16"))
+    return bool(amx() or avx() and on_amd())
 
 def autocast(
     device,        # where the network runs
@@ -56,7 +86,7 @@ def pick_precision(
     if precision != "auto": return precision
     device = torch.device(device)
     if device.type == "cuda": fast = torch.cuda.get_device_capability(device)[0] >= 8
-    else: fast = device.type == "cpu" and image_size >= 32 and native_bfloat16()
+    else: fast = device.type == "cpu" and image_size >= 32 and fast_bfloat16()
     return "bfloat16" if fast else "float32"
 
 # %% ../nbs/08_training.ipynb #222e7d5e
@@ -101,7 +131,7 @@ def train_step(
     t:Tensor,          # a step for each, int64 (B,)
     weights:Tensor,    # a weight for each, (B,)
     eps:Tensor,        # noise, shaped as x0
-    loss:str="hybrid", # "simple", "hybrid" or "vlb"
+    loss:object="hybrid", # as for `objective`
     cond:dict|None=None, # further arguments of the network, each with B rows: {"y": labels}
     *,
     lam:float=0.001,   # see `objective`
@@ -234,7 +264,7 @@ def train(
     run:Training,      # what changes; continued from where it stands
     s:Schedule,        # the schedule
     steps:int,         # stop when so many are done
-    loss:str="hybrid", # "simple", "hybrid" or "vlb"
+    loss:object="hybrid", # as for `objective`
     lr:float=1e-4, warmup:int=0, anneal:bool=False, # see `learning_rate`
     *,
     lam:float=0.001,   # see `objective`

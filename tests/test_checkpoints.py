@@ -27,7 +27,7 @@ from iddpm_nb.training import checkpoint, log as watching
 from iddpm_nb.training.files import checksum
 from iddpm_nb.training.checkpoint import (build, checkpoints, load_model, resume, save_checkpoint,
                                           save_model)
-from iddpm_nb.training.log import board, curve, log, read_log
+from iddpm_nb.training.log import Board, boards, curve, log, read_log
 
 NETWORK = {"in_channels": 1, "out_channels": 2, "channels": 8, "mult": [1, 1], "num_res_blocks": 1,
            "attn_resolutions": [4], "image_size": 8, "num_heads": 2}
@@ -487,10 +487,10 @@ def test_a_tensorboard_that_raises(tmp_path, monkeypatch, once):
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     with pytest.warns(UserWarning, match="TensorBoard"):
-        assert board(tmp_path) is None
+        assert boards(tmp_path) == {}
     broken = types.SimpleNamespace(add_scalar=lambda *args: 1 / 0, flush=lambda: None)
     with pytest.warns(UserWarning, match="TensorBoard"):
-        log(tmp_path, M, broken)
+        log(tmp_path, M, {"TensorBoard": Board(broken)})
     assert read_log(tmp_path) == [M]
 
 

@@ -266,8 +266,8 @@ def spied(monkeypatch):
     seen, real = [], sampling.load
     def note(net, args, kwargs):
         if kwargs["y"].device.type == "cpu": seen.append(kwargs["y"])
-    def load(*args):
-        model = real(*args)
+    def load(*args, **more):
+        model = real(*args, **more)
         model.net.register_forward_pre_hook(note, with_kwargs=True)
         return model
     monkeypatch.setattr(sampling, "load", load)
@@ -621,9 +621,10 @@ def test_a_preset_beside_auto_is_compared(monkeypatch):
     monkeypatch.setattr(train, "train_run", lambda c, *args, **more: seen.append((c, args, more)))
     line = "--resume auto --out classes --preset cifar10 --new-data"
     assert ask(iddpm_train, *line.split())[0] == 0
-    c, (out, folder, _), more = seen[0]
-    assert c.model.channels == 128 and (out, folder) == (None, "classes")
-    assert more == {"new_data": True}
+    c, args, more = seen[0]
+    assert c.model.channels == 128 and args == ()
+    assert more == {"out": None, "resume_from": "classes", "device": None, "new_data": True,
+                    "trust": False}
     assert ask(iddpm_train, "--resume", "classes")[0] == 0 and seen[1][0].model.channels == 8
 
 

@@ -89,9 +89,9 @@ def test_book(copy):
     assert "links between them" in said(copy, "book", 0)
     chapter = copy / "nbs" / "training" / "01_files.ipynb"
     text = chapter.read_text()
-    chapter.write_text(text.replace("02_described.ipynb", "02_descried.ipynb"))
-    assert "a link leads to 02_descried.ipynb" in said(copy, "book", 1)
-    chapter.write_text(text.replace("on to [what a", "and [what a"))
+    chapter.write_text(text.replace("01a_own_parts.ipynb", "01a_one_parts.ipynb"))
+    assert "a link leads to 01a_one_parts.ipynb" in said(copy, "book", 1)
+    chapter.write_text(text.replace("on to [parts of", "and [parts of"))
     assert "should lead on to" in said(copy, "book", 1)
     chapter.write_text(text)
     for stray in ("_hidden.ipynb", "elsewhere/01_a.ipynb"):

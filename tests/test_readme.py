@@ -1,11 +1,12 @@
-"""Each line of the README, as written. Trainings are made short from outside; the words typed are
-those of the README.
+"""Each line of the README and of the chapter of commands, as written. Trainings are made short
+from outside; the words typed are those written there.
 
 The two lines that install are run in other ways as well: .ci/run installs with the one and tests
 with the other.
 """
 import dataclasses
 import importlib
+import json
 import os
 import re
 import shlex
@@ -21,13 +22,17 @@ import torch
 from conftest import ROOT, clean_env
 from PIL import Image
 
-INSTALLS = "pip install . && iddpm_train", "pip install -e '.[dev]' && nbdev_test"
+INSTALLS = ("pip install . && iddpm_train",
+            "pip install -e '.[docs]' && python tools/website.py --serve",
+            "pip install -e '.[dev]' && nbdev_test")
 TORCHRUN = "torchrun --standalone --nproc_per_node=8 --no-python --"
 
 
 def written():
-    "The commands of the README, without what follows a #."
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    "The commands of the README, then those of the chapter of commands, without what follows a #."
+    chapter = json.loads((ROOT / "nbs" / "cli" / "01_commands.ipynb").read_text())
+    texts = [(ROOT / "README.md").read_text(), *("".join(c["source"]) for c in chapter["cells"])]
+    blocks = [x for text in texts for x in re.findall(r"```sh\n(.*?)```", text, re.S)]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines if line.strip()]
 
@@ -98,8 +103,8 @@ LINES = [line for line in written() if line.startswith("iddpm_")]
 
 def test_every_line_is_known():
     others = [line for line in written() if line not in LINES]
-    assert others == [INSTALLS[0], f"{TORCHRUN} iddpm_train --preset cifar10 --out cifar10 "
-                      f"--resume auto", INSTALLS[1]]
+    assert others == [*INSTALLS, f"{TORCHRUN} iddpm_train --preset cifar10 --out cifar10 "
+                      "--resume auto"]
     assert len(LINES) >= 11
     script = (ROOT / ".ci" / "run").read_text()
     assert "install -q -e '.[dev]'" in script and "nbdev_test" in script

@@ -26,7 +26,8 @@ from iddpm_nb.training.checkpoint import best, checkpoints, read_header
 from iddpm_nb.training.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from iddpm_nb.training.log import read_log
 from iddpm_nb.running import run as runs, underway
-from iddpm_nb.running.run import new_folder, train_run
+from iddpm_nb.running.folder import new_folder
+from iddpm_nb.running.run import train_run
 from iddpm_nb.cli.train import iddpm_train
 from iddpm_nb.cli.evaluate import EvalOptions, Subject, image_sets
 
@@ -52,7 +53,7 @@ def undrawn(monkeypatch):
 def go(c, out=None, **how):
     "Train, and what was said on the way."
     said = []
-    train_run(c, out, device="cpu", progress=False, say=said.append, **{"judged": False} | how)
+    train_run(c, out=out, device="cpu", progress=False, say=said.append, **{"judged": False} | how)
     return "\n".join(said)
 
 

@@ -183,7 +183,7 @@ def kinds(size, precision="auto", native=True):
     "The kinds of number of the last layer in a step, in sampling, and by the rule of the commands."
     seen, net = [], network(size)
     net.conv_out.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
-    with patch("iddpm_nb.train.native_bfloat16", lambda: native):
+    with patch("iddpm_nb.train.fast_bfloat16", lambda: native):
         train_step(net, torch.optim.SGD(net.parameters(), lr=0.0), *batch(size, 2),
                    how=Stepping(precision))
         with torch.no_grad():

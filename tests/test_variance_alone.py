@@ -33,7 +33,7 @@ def undrawn(monkeypatch):
 
 
 def trained(c, out, judged=False, **how):
-    return train_run(c, out, device="cpu", progress=False, say=lambda text: None, judged=judged,
+    return train_run(c, out=out, device="cpu", progress=False, say=lambda text: None, judged=judged,
                      **how)
 
 

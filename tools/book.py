@@ -15,7 +15,7 @@ from nbdev.doclinks import nbglob
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 # the root is the paper, each folder an appendix; what comes later may need what comes earlier
 FOLDERS = ("", "images", "conditioning", "training", "interop", "measuring", "running", "cli",
-           "reproduction")
+           "reproduction", "beyond")
 MERGE = "<<<<<<<", ">>>>>>>"
 
 

@@ -21,8 +21,10 @@ from ..sampling import Sampling, respace, space_timesteps
 from ..likelihood import histogram_bits
 from ..images.reading import SUFFIXES
 from ..images.folders import listed, open_images, open_sets, part
-from ..conditioning.labels import labels_by_name
+from ..images.own_sets import own_sets
+from ..conditioning.labels import labels_of
 from ..conditioning.upsampler import to_show, what_is_given
+from ..training.own import is_place
 from ..training.files import check_writable, reserved, sweep, write
 from ..training.described import check_described
 from ..training.checkpoint import read_header
@@ -33,6 +35,7 @@ from ..measuring.compare import as_images, default_cache, measure
 from ..measuring.best_steps import best_steps, model_costs, numbers_of, write_best
 from ..running.model import (TO_SAMPLE, Drawn, Model, check_room, check_seed, kept_steps,
                                     load, machine, stream, weights_file)
+from ..running.parts import set_at
 from ..running.run import place
 from .commands import check_place, command, options, printed
 
@@ -83,6 +86,7 @@ class EvalOptions:
     cache: str | None = None
     out: str | None = None    # a .json for the figures; by default they are only printed
     device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
+    trust: bool = False       # import a network of the user's, if the file names one
 
 def check_options(o:EvalOptions):
     "Refuse what no model could make good."
@@ -158,7 +162,7 @@ def subject(o:EvalOptions, team) -> Subject:
     require(not picture, f"{shown(path)} is one picture: samples are an .npz or a folder of images")
     file = file_of(o.path, o.weights)   # once: a run that goes on may have a later one soon
     weights = "" if path.is_dir() else o.weights
-    model = load(file, weights, place(team, o.device), o.preset)
+    model = load(file, weights, place(team, o.device), o.preset, trust=o.trust)
     respaced(o, model)                 # steps that it does not have are refused now
     return Subject(file, model, model.config)
 
@@ -178,7 +182,7 @@ def which_data(o:EvalOptions, s:Subject) -> str:
     data = was if o.data is None else o.data
     what = "was trained on: name some" if s.model else "is to be compared with: name them"
     require(data, f"{shown(s.file)} does not say which images it {what} with --data")
-    there = o.data is not None or named(data) or Path(data).exists()
+    there = o.data is not None or named(data) or Path(data).exists() or is_place(data)
     mend = ", and they are known by their content" if known else ""
     require(there, f"the images of the training are not at {shown(data)} any more: say with --data "
             f"where they are now{mend}", FileNotFoundError)
@@ -200,6 +204,9 @@ def image_sets(o:EvalOptions, s:Subject, progress:bool) -> tuple:
     how = {"root": s.data["root"], "mode": mode, "progress": progress,
            "skip_broken": o.skip_broken or s.data.get("skip_broken", False)}
     if named(data): return *open_sets(data, size if "mnist" in data else None, **how), ()
+    if is_place(data) and not Path(data).exists():
+        train, held = own_sets(*set_at(data, o.trust or o.data is not None), data)
+        return train, held, told_about(s, train)
     d = dataclasses.replace(open_images(data, "all", size, **how), name=str(data))
     there = bool(was) and not named(was) and Path(data).resolve() == Path(was).resolve()
     if not there and d.whole != s.about.get("content"): return d, d, d.notes
@@ -207,22 +214,6 @@ def image_sets(o:EvalOptions, s:Subject, progress:bool) -> tuple:
     return part(d, "train"), part(d, "test"), d.notes + told_about(s, d)
 
 # %% ../../nbs/cli/05_evaluate.ipynb #c48d629e
-def labels_of(
-    model, # a `Model`
-    d,     # `Images`
-    n:int, # of how many
-) -> dict | None: # further arguments of the network
-    "The labels of images, as the model numbers its classes, if the network asks for them."
-    rows, classes, name = model.net.num_classes, model.config.get("classes", ()), shown(d.name)
-    if not rows: return None
-    require(d.labels is not None, f"this model has {len(classes) or rows} classes, but {name} has "
-            "no labels: use a folder with a subfolder for each class, or an .npz with labels")
-    y = d.labels[:n]
-    if classes: y = labels_by_name(y, d.classes, classes)
-    high, most = int(y.max()), (len(classes) or rows) - 1
-    require(high <= most, f"the labels of {name} run to {high}, those of this model to {most}")
-    return {"y": y.to(next(model.net.parameters()).device)}
-
 def teamed(o:EvalOptions, model, team): # as all processes ask it together for bits/dim
     return model.quick("float32" if o.precision == "auto" else o.precision, o.compile, team)
 
@@ -264,7 +255,7 @@ def other_model(o:EvalOptions, s:Subject, team) -> tuple: # `Model` and its file
     "The model to compare with: it can be asked what this one is asked."
     if not o.against: return ()
     file = file_of(o.against, o.weights if Path(o.against).is_dir() else "")
-    other = load(file, device=place(team, o.device))
+    other = load(file, device=place(team, o.device), trust=o.trust)
     its, mine = tuple(other.config["shape"]), tuple(s.about["shape"])
     require(its == mine, f"{shown(o.against)} cannot be compared with {shown(o.path)}: it knows "
             f"images {its}, and not {mine}")

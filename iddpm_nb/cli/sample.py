@@ -30,6 +30,7 @@ from ..training.distributed import join
 from ..running.model import (check_seed, kept_steps, length, load, one_bar, parts_of,
                                     save_picture)
 from ..running.run import place
+from ..running.using import read_given, sampler_for, steps_until
 from .commands import check_place, command, options
 
 # %% ../../nbs/cli/03_sample.ipynb #a5dc2a89
@@ -57,6 +58,14 @@ class SampleOptions:
     base_steps: str | None = None # its steps, as --steps
     # of a model that enlarges: an .npz of small images, in the place of --base
     low: str | None = None
+    # a picture to start from, in the place of noise; it needs --from-step, --mask or both
+    init: str | None = None
+    # with --init: how much to forget, from 1, almost nothing, to the last step of training, all
+    from_step: int | None = None
+    # with --init: a picture in black and white. White stays as it is, black is drawn anew
+    mask: str | None = None
+    # with --mask: how often each step is gone. 10 fits better than 1, and takes 10 times as long
+    repeats: int = 1
     seed: int = 0             # of all noise
     # images at a time in each process; by default as many as fit into the free memory, 256 at
     # most. The images do not depend on it
@@ -70,6 +79,7 @@ class SampleOptions:
     # programs read them. Typed again, the command draws what is missing
     png: str | None = None
     device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
+    trust: bool = False       # import a network of the user's, if the file names one
 
 # %% ../../nbs/cli/03_sample.ipynb #732418f3
 def check_how(o:SampleOptions): # the method, and what belongs to it
@@ -84,11 +94,23 @@ def check_how(o:SampleOptions): # the method, and what belongs to it
     require(o.variance in (None, "learned", "beta", "beta_tilde"),
             f"unknown variance {o.variance!r}: choose learned, beta or beta_tilde")
 
+def check_given(o:SampleOptions): # a picture to start from
+    require(o.init is not None or (o.from_step is None and o.mask is None),
+            "--from-step and --mask say what becomes of a picture: name it with --init")
+    require(o.init is None or o.from_step is not None or o.mask is not None,
+            "--init needs --from-step, how much of the picture to forget, or --mask, what to keep")
+    require(o.repeats >= 1, f"--repeats must be at least 1, got {o.repeats}")
+    require(o.repeats == 1 or o.mask is not None,
+            "--repeats belongs to --mask: each step is gone so often to fit what is kept")
+    require(o.init is None or o.base is None and o.low is None,
+            "--init is for one model that draws by itself: leave --base and --low out")
+
 def check_asked(o:SampleOptions): # what can be refused before the model is there
     require(o.n >= 1, f"--n must be at least 1, got {o.n}")
     require(o.chunk is None or o.chunk >= 1,
             f"--chunk must be at least 1, got {o.chunk}: leave it out for as many as fit")
     check_how(o)
+    check_given(o)
     require(o.base is not None or o.base_steps is None,
             "--base-steps are the steps of --base: give both, or neither")
     check_seed(o.seed)
@@ -102,7 +124,8 @@ def check_asked(o:SampleOptions): # what can be refused before the model is ther
 
 # %% ../../nbs/cli/03_sample.ipynb #2273f0b4
 def model_for(o, path, weights, preset, team): # a model to sample with
-    return load(path, weights, place(team, o.device), preset).quick(o.precision, o.compile, team)
+    model = load(path, weights, place(team, o.device), preset, trust=o.trust)
+    return model.quick(o.precision, o.compile, team)
 
 def check_stage(o, model): # what is asked of a model that enlarges, and of one that does not
     size = model.config["network"].get("low_size")
@@ -121,6 +144,12 @@ def small_images(o, model): # those of --low, if there are any
     require(got == want,
             f"{o.path} enlarges images {want}, and {o.low} holds images {got}: they do not fit")
     return small
+
+def given_picture(o, model): # a picture (1,C,H,W) and a mask or None; None: start from noise
+    if o.init is None: return None
+    given = read_given(model, o.init, o.mask)
+    if o.from_step is not None: steps_until(model, steps_of(o.steps, model), o.from_step)
+    return given
 
 def asked_labels(o, names, small, n:int): # int64 (n,), or None: whatever chance brings
     if o.classes is not None: return labels_for(class_numbers(o.classes, names), n)
@@ -147,6 +176,7 @@ class Job:
     base: object           # another one, or None
     small: object          # `Images` of --low, or None
     team: object           # the processes that draw together
+    given: object = None   # of `given_picture`
 
     @property
     def n(self): # images
@@ -155,6 +185,10 @@ class Job:
     def stages(self): # models, and how each is sampled
         asked = (self.base, self.o.base_steps), (self.model, self.o.steps)
         return [(m, way(self.o, m, steps, self.team)) for m, steps in asked if m]
+    @property
+    def length(self): # steps of all stages
+        if self.o.from_step is None: return sum(length(m, how) for m, how in self.stages)
+        return steps_until(*self.stages[-1], self.o.from_step)
     @property
     def knows(self): # the model that has classes, or None
         models = [m for m, _ in self.stages if m.config["network"].get("num_classes")]
@@ -175,6 +209,11 @@ def labels_drawn(job:Job, part): # int64, or None; chance brings the first numbe
 def in_one_stage(job:Job, part, y, shown:dict): # images, and small images
     _, p, seed = part
     (model, how), cond, low = job.stages[-1], {} if y is None else {"y": y}, None
+    if job.given:
+        x0, mask = job.given
+        x0 = x0.expand(p.stop - p.start, -1, -1, -1)
+        run = sampler_for(model, x0, how, job.o.from_step, mask, job.o.repeats)
+        shown = shown | {"sampler": run}
     if job.small:
         low = job.small.images[p]
         noise = torch.Generator().manual_seed(seed + 2)     # not the numbers that x_T is drawn from
@@ -263,7 +302,8 @@ def parts_beside(png:Path): return png.with_suffix(".parts")
 def mark_of(job:Job) -> str: # JSON
     "What decides which images these are."
     said = {k: v for k, v in dataclasses.asdict(job.o).items() if k not in FREE}
-    files = [m.file for m, _ in job.stages] + [job.o.low] * (job.o.low is not None)
+    more = [f for f in (job.o.low, job.o.init, job.o.mask) if f is not None]
+    files = [m.file for m, _ in job.stages] + more
     return json.dumps({"asked": said, "files": [checksum(Path(f)) for f in files]}, indent=1)
 
 def begun(folder:Path) -> str | None: # as of `mark_of`; None: nobody has begun there
@@ -306,8 +346,7 @@ def draw_missing(job:Job, parts, there, keep):
     "Draw the parts that are not `there` yet, each kept before the next; all processes draw."
     first = job.team.rank == 0
     missing = job.team.share([p for p in parts if not there(p)] if first else None)
-    steps = sum(length(m, how) for m, how in job.stages)
-    with one_bar(len(parts), steps, first, len(parts) - len(missing)) as bar:
+    with one_bar(len(parts), job.length, first, len(parts) - len(missing)) as bar:
         for part in missing:
             made = sampled(job, part, bar)
             if first: keep(part, made)
@@ -382,9 +421,10 @@ def as_pngs(job:Job, parts) -> str | None: # what was written, by the first proc
 # %% ../../nbs/cli/03_sample.ipynb #4d011cd9
 def draw(o:SampleOptions, team): # and write
     model = model_for(o, o.path, o.weights, o.preset, team)
+    given = given_picture(o, model)
     check_stage(o, model)
     base = None if o.base is None else model_for(o, o.base, "", None, team)
-    job = Job(o, model, base, small_images(o, model), team)
+    job = Job(o, model, base, small_images(o, model), team, given)
     check_disk(job)
     parts = parts_of(job.n, model.config["shape"], o.seed)
     if o.png is not None: told = as_pngs(job, parts)

@@ -18,7 +18,9 @@ from ..data import named
 from ..training.checkpoint import checkpoints
 from ..training.config import PRESETS, Config
 from ..running.variance_alone import variance_config
-from ..running.run import saved_config, train_run
+from ..running.fine_tuning import init_config
+from ..running.folder import saved_config
+from ..running.run import train_run
 from .commands import command, options
 
 # %% ../../nbs/cli/02_train.ipynb #f22f976f
@@ -34,6 +36,9 @@ class TrainOptions(Config):
     resume: str | None = None
     # continue although the images are not those that the run was made with; config.json records it
     new_data: bool = False
+    # import the parts of your own that a run in --resume names: a network, a loss, a data set. What
+    # you name on this line yourself is imported anyway
+    trust: bool = False
     # a configuration of the paper in the place of the defaults: cifar10, imagenet64,
     # imagenet64-cond, imagenet256-upsample, lsun
     preset: str | None = None
@@ -91,10 +96,28 @@ def check_decided(
     require(off is None,
             f"--variance-only says what is trained, and upon which network: leave {off} out")
 
+def upon_a_file(
+    args:list,      # of the command
+    named:bool,     # a run is continued
+    preset:str|None, # as asked for
+) -> tuple[str | None, str | None]: # the files of --variance-only and of --init
+    "A trained model that a new run is made from."
+    alone, init = given(args, "--variance-only"), given(args, "--init")
+    require(not named or alone is None,
+            "--variance-only and --resume exclude each other: a resumed run knows its mean")
+    require(not named or init is None,
+            "--init and --resume exclude each other: a resumed run has its weights already")
+    require(init is None or preset is None,
+            "--init and --preset exclude each other: the network is the one of the file")
+    require(init is None or alone is None,
+            "--init and --variance-only exclude each other: the one trains all weights, the other "
+            "those of the variance alone")
+    return alone, init
+
 def beginning(
     args:list, # of the command
 ) -> tuple[str | None, Config]: # the run that is continued, and what replaces the defaults
-    "What the options --resume, --out, --preset and --variance-only come to."
+    "What the options --resume, --out, --preset, --variance-only and --init come to."
     resume, preset, out = (given(args, f"--{k}") for k in ("resume", "preset", "out"))
     named = resume not in (None, "auto")
     require(resume != "", "--resume needs the folder of a run, or auto")
@@ -102,14 +125,13 @@ def beginning(
             "--out and --resume exclude each other: a resumed run stays in its folder")
     require(not named or preset is None,
             "--preset and --resume exclude each other: a resumed run keeps its configuration")
-    alone = given(args, "--variance-only")
-    require(not named or alone is None,
-            "--variance-only and --resume exclude each other: a resumed run knows its mean")
+    alone, init = upon_a_file(args, named, preset)
     require(preset is None or preset in PRESETS,
             f"unknown preset {preset!r}: choose {', '.join(PRESETS)}")
     folder = latest_run(out) if resume == "auto" else resume
     if alone is not None: check_decided(args)
     if alone and folder is None: return None, variance_config(alone)
+    if init and folder is None: return None, init_config(init)
     if preset or folder is None: return folder, PRESETS[preset or "digits"]
     try:
         return folder, saved_config(folder)
@@ -132,6 +154,8 @@ def iddpm_train(args:list[str]|None=None):
     if data.data and not named(data.data): data = dataclasses.replace(data, data=in_full(data.data))
     if file := diffusion.variance_only:
         diffusion = dataclasses.replace(diffusion, variance_only=in_full(file))
+    if file := diffusion.init: diffusion = dataclasses.replace(diffusion, init=in_full(file))
     c = Config(data, o.model, diffusion, o.train)
     out = None if folder is not None else o.out
-    train_run(c, out, folder, o.device, new_data=o.new_data)
+    train_run(c, out=out, resume_from=folder, device=o.device, new_data=o.new_data,
+              trust=o.trust or folder is None)

@@ -56,6 +56,24 @@ def labels_by_name(
     numbers = [classes.index(c) if c in classes else -1 for c in names]
     return torch.tensor(numbers, device=labels.device)[labels]
 
+def _rows(model): return getattr(model.net, "num_classes", None)
+
+def labels_of(
+    model, # a `Model`
+    d,     # `Images`
+    n:int, # of how many
+) -> dict | None: # further arguments of the network
+    "The labels of images, as the model numbers its classes, if the network asks for them."
+    rows, classes, name = _rows(model), model.config.get("classes", ()), shown(d.name)
+    if not rows: return None
+    require(d.labels is not None, f"this model has {len(classes) or rows} classes, but {name} has "
+            "no labels: use a folder with a subfolder for each class, or an .npz with labels")
+    y = d.labels[:n]
+    if classes: y = labels_by_name(y, d.classes, classes)
+    high, most = int(y.max()), (len(classes) or rows) - 1
+    require(high <= most, f"the labels of {name} run to {high}, those of this model to {most}")
+    return {"y": y.to(next(model.net.parameters()).device)}
+
 # %% ../../nbs/conditioning/01_labels.ipynb #aa2f5378
 def labels_for(
     numbers:Tensor, # classes, as numbers

@@ -220,6 +220,8 @@ def to_diffusers(
     # of an upsampler: the U-Net that it holds
     folder, s, inner = Path(folder), model.schedule, getattr(model.net, "net", model.net)
     network = {k: v for k, v in model.config["network"].items() if k not in ("low_size", "augment")}
+    require("own" not in network, "diffusers does not know a network of the user's: it is given "
+            "those of this package")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder.resolve()} is taken: choose another folder")
     net = UNet(**network)

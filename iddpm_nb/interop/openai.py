@@ -24,7 +24,7 @@ from ..unet import UNet
 from ..conditioning.upsampler import Upsampler
 from ..training.described import check_described, is_ours
 from ..training.config import (PRESETS, Config, DataConfig, DiffusionConfig,
-                                      ModelConfig)
+                                      ModelConfig, layers)
 
 # %% ../../nbs/interop/01_openai.ipynb #9a299443
 RENAME = [(re.compile(old), new) for old, new in [
@@ -53,6 +53,8 @@ def to_openai(
     """The flat state dict of the official layout: what torch.save or safetensors then write is an
     official checkpoint."""
     net = net.net if isinstance(net, Upsampler) else net
+    require(isinstance(net, UNet), "the official layout is that of the official networks: a "
+            f"{type(net).__name__} has none")
     off = [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)
            and m.num_groups != math.gcd(groups, m.num_channels)]
     if off:
@@ -130,7 +132,7 @@ def of_the_paper(preset:str, loss="hybrid") -> dict:
     "The same, of a file that was trained as one of `config.PRESETS` says."
     c = PRESETS[preset]
     low, d = c.data.upsample_from, c.diffusion
-    network = dataclasses.asdict(c.model) | {"image_size": c.data.image_size or 32}
+    network = layers(c.model) | {"image_size": c.data.image_size or 32}
     if c.data.class_cond: network["num_classes"] = 1000
     if low: network |= {"in_channels": 6, "low_size": low}
     return released(d.T, d.schedule, d.rescale_t, loss, **network)

@@ -42,6 +42,7 @@ from ..training.speed import InPrecision, cast_once, fast_network
 from ..training.memory import images_at_a_time
 from ..interop.openai import read_openai
 from ..measuring.best_steps import asked_best, read_best
+from .sharing import at_home
 
 # %% ../../nbs/running/01_model.ipynb #85df722b
 def check_seed(
@@ -107,6 +108,8 @@ class Model:
         cond:dict|None=None,  # labels "y", small images "low"; of random classes if it names none
         guidance:float=1.0,   # see chapter conditioning/01
         x_T:Tensor|None=None, callback:object=None, # as for `sampling.sample`
+        guide:object=None, given:dict|None=None, watch:object=None, # the same
+        sampler:object=sample, # your own, called as `sampling.sample` is; see running/05
         **how,                # of `Sampling`; the variance is the model's if none is named
     ) -> Tensor: # (n,C,H,W) in [-1,1]
         "Images. If no chunk is named, the network is shown as many at a time as fit (training/09)."
@@ -128,8 +131,9 @@ class Model:
             steps = Sampling(steps, **{"chunk": None} | how)
         fitting = steps.chunk or images_at_a_time(self.net, shape, generator.device, cond, copies)
         s, steps = shorter(self, replace(steps, chunk=fitting))
-        return sample(net, s, (n, *shape), steps, generator=generator, cond=cond,
-                      progress=progress, x_T=x_T, callback=callback)
+        asked = dict(x_T=x_T, callback=callback, guide=guide, given=given, watch=watch)
+        return sampler(net, s, (n, *shape), steps, generator=generator, cond=cond,
+                       progress=progress, **{k: v for k, v in asked.items() if v is not None})
 
     def bits_per_dim(self,
         images:Tensor,        # uint8, or float in [-1,1]
@@ -209,27 +213,26 @@ TO_SAMPLE = "network", "schedule", "shape", "variance"
 
 # %% ../../nbs/running/01_model.ipynb #18769174
 def load(
-    path:str|Path,  # a run's folder, one of its checkpoints, a file of ours, or an official file;
-                    # "digits", if there is nothing of that name: the model that comes along
+    path:str|Path,  # a run's folder, a checkpoint, a file of ours or an official one,
+                    # hf://user/name; or "digits": the model that comes along
     weights:str="", # of a folder: "model" (as trained last) or "ema_RATE"; or the first average
     device:str|torch.device="cpu", # where the network should live
     preset:str|None=None, # of an official file whose name does not say which one it is
+    *,
+    trust:bool=False, # import a network of the user's, if the file names one (training/01a)
 ) -> Model:
     "A trained model by path; of an official file the name says what it does not carry, as a rule."
-    p = Path(path)
-    if str(path) == "digits" and not p.exists(): p = shipped("digits.safetensors")
+    p = at_home(path)
     require(not weights or p.is_dir(),
             f"{p} is one file: weights are chosen from the folder of a run or of a checkpoint")
     if p.is_dir(): p = weights_file(p, weights)
-    require(p.is_file() or not p.exists(),
-            f"{p} is no file but a pipe or a device: it cannot be read as a model")
     said = told_by(p)
     if said is not None or not p.exists():
         require(preset is None,
                 f"{p} is no official file, it carries its own configuration or is not there: "
                 "leave the preset out")
         if said is not None: check_described(parsed(said, p), TO_SAMPLE)
-        return Model(*load_model(p, device), p)
+        return Model(*load_model(p, device, trust=trust), p)
     return Model(*read_openai(p, device, preset), p)
 
 # %% ../../nbs/running/01_model.ipynb #c0011ed2
@@ -278,7 +281,7 @@ def stream(
     n:int,            # images in all
     steps:object=50, seed:int=0, # as for `Model.sample`
     *,
-    cond:dict|None=None, # each with n rows
+    cond:dict|None=None, given:dict|None=None, # each with n rows
     progress:bool=False, # draw one bar over all
     **more,           # for `Model.sample`
 ) -> Iterator[Tensor]: # (B,C,H,W) in [-1,1], with B at most 1,000
@@ -287,8 +290,9 @@ def stream(
     parts = parts_of(n, model.config["shape"], seed)
     with one_bar(len(parts), length(model, steps), progress) as shown:
         for _, p, own in parts:
-            told = {k: v[p] for k, v in (cond or {}).items()}
-            yield model.sample(p.stop - p.start, steps, own, cond=told, **shown, **more)
+            told, its = ({k: v[p] for k, v in (d or {}).items()} for d in (cond, given))
+            yield model.sample(p.stop - p.start, steps, own, cond=told, given=its or None,
+                               **shown, **more)
 
 class Drawn:
     "Images that are drawn when they are looked at, in order: the `images` of `Images`."

@@ -9,91 +9,37 @@ __all__ = ['train_run']
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 import torch
 from ..checks import require, shown
-from ..data import Images, label_content, named
+from ..data import Images, label_content
 from ..pictures import say
 from ..forward import Schedule
-from ..importance import LossSecondMomentSampler, StratifiedSampler, UniformSampler
 from ..train import Alone, Training, start_training
-from ..images.folders import Files, open_sets
+from ..images.folders import Files
+from ..images.own_sets import Own
 from ..conditioning.upsampler import conditioned
-from ..training.files import lock, numbered, sweep, write
-from ..training.described import parsed
+from ..training.own import is_place
+from ..training.files import sweep, write
 from ..training.checkpoint import best, build, checkpoints, read_header, resume
 from ..training.distributed import all_or_none, check_alike, join, spread
 from ..training.config import (Config, as_decided, check_classes, check_config, check_same,
                                       check_unchanged, describe, described_choice, fill, fit,
                                       other_data)
-from ..training.log import read_log
+from ..training.log import check_loggers, read_log
 from ..training.loading import make_batches
 from ..training.speed import fast_network, pick_precision
 from ..training.memory import fit_memory
+from .sharing import write_card
 from .model import Model, judge, machine
 from .underway import Work, as_it_draws, follow, noted, unless_it_fails
 from .variance_alone import (frozen_mean, mean_to_keep, same_mean_bits,
                                              same_mean_line)
-
-# %% ../../nbs/running/03_run.ipynb #ba2ed4c6
-LOCK = ".lock"   # in the folder of a run: held by the process that trains there
-
-def check_free(
-    folder:Path, # where a new run should go
-):
-    "Refuse a folder that holds anything but a lock."
-    empty = folder.is_dir() and all(p.name == LOCK for p in folder.iterdir())
-    require(empty or not folder.exists(),
-            f"{shown(folder.resolve())} is taken: choose another --out, "
-            "or continue the run in it with --resume", FileExistsError)
-
-def new_folder(
-    name:str,     # of the run
-    out=None,     # where it should go; None: runs/NAME, or NAME-2, NAME-3 if that is taken
-) -> Path: # an empty folder, made
-    "A folder for a run; one that holds anything is never used."
-    if out is not None:
-        check_free(Path(out))
-        Path(out).mkdir(parents=True, exist_ok=True)
-        return Path(out).resolve()
-    for folder in numbered(Path("runs") / (name or "run")):
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder.resolve()
-
-@contextmanager
-def alone_in(
-    folder:Path,      # of a run
-    fresh:bool=False, # it must be empty, too
-) -> Iterator[None]:
-    "Nobody else trains in this folder as long as this lasts."
-    busy = f"another process is training in {shown(folder)}: wait until it has ended"
-    with lock(folder / LOCK, f"{busy}, or choose another --out"):
-        if fresh: check_free(folder)
-        yield
-
-# %% ../../nbs/running/03_run.ipynb #921ef1e7
-NOTES = "saved", "changes"   # was there ever a checkpoint; what was changed, and at which step
-
-def read_config(
-    folder:str, # of a run
-) -> dict:
-    "All that config.json says: the configuration, and what the run notes about itself (`NOTES`)."
-    path = Path(folder).resolve() / "config.json"
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError as e:
-        where = shown(path.parent)
-        raise FileNotFoundError(f"{where} holds no run: there is no config.json") from e
-    return parsed(text, path)
-
-def saved_config(
-    folder:str, # of an earlier run
-) -> Config:
-    "The configuration of an earlier run."
-    return Config.from_dict({k: v for k, v in read_config(folder).items() if k not in NOTES})
+from .fine_tuning import start_from, take_weights, upon
+from .parts import (Parts, about_run, check_own_network, check_parts, is_there,
+                                    named_parts, own_sampler, own_schedule, sets_of)
+from .folder import NOTES, alone_in, new_folder, read_config, saved_config
 
 # %% ../../nbs/running/03_run.ipynb #577ac279
 def settle(
@@ -110,7 +56,7 @@ def settle(
     precision = pick_precision(c.train.precision, device, d.images.shape[-1])
     torch.set_num_threads(threads)
     settled = dataclasses.replace(c.train, precision=precision, threads=threads)
-    data = dataclasses.replace(c.data, on_disk=isinstance(d, Files))
+    data = dataclasses.replace(c.data, on_disk=isinstance(d, (Files, Own)))
     return dataclasses.replace(c, train=settled, data=data)
 
 LEFT_OPEN = {"precision": "auto", "compile": "auto", "micro": None, "threads": None}
@@ -139,24 +85,24 @@ def first_of(d:Images, n:int) -> Images: # the first n of some images, in memory
     return Images(d.images[:n], labels, d.classes, d.name)
 
 # %% ../../nbs/running/03_run.ipynb #cf818ff3
-SAMPLERS = {"uniform": UniformSampler, "stratified": StratifiedSampler,
-            "importance": LossSecondMomentSampler}
-
 def begin(
     c:Config,   # the run
     d:Images,   # its training images
     device,     # where it trains
     team=Alone(), # the processes that train together
-    mean=None,    # a trained network, for a new run that learns its variance alone
+    mean=None,    # what a new run starts from, if anything: see `mean_of`
+    s=None,       # its schedule, if it is the user's
 ) -> tuple[Training, Schedule, dict]: # the training, its schedule, and what a checkpoint carries
     "The training that a configuration describes, before its first step."
     c = fit(c, d)
-    about, t = describe(c, d) | {"content": d.whole}, c.train
+    about, t = about_run(c, d, s) | {"content": d.whole}, c.train
     if c.data.class_cond: about["labels"] = label_content(d)
     torch.manual_seed(t.seed)
     net, s = build(about)
+    check_own_network(net, about)
     if c.diffusion.variance_only is not None: frozen_mean(net, mean)
-    sampler, mine = SAMPLERS[c.diffusion.sampler](len(s)), (team.rank, team.size)
+    elif mean is not None: take_weights(net, mean, about)
+    sampler, mine = own_sampler(c, len(s)), (team.rank, team.size)
     order = t.seed + 2                       # not the numbers that t and noise are drawn from
     batches = make_batches(d, t.batch, order, device, c.data.flip, mine, c.data.workers)
     if not c.data.class_cond: batches.labels = None
@@ -244,31 +190,38 @@ def prepared(
     device,              # where it trains
     progress:bool=False, # draw a bar while files are read
     processes:int=1,     # that train together
+    p:Parts=Parts(),     # what the user brings
 ) -> tuple: # configuration, all filled in; images to train on; held out, or None; what was decided
     "Everything that can be refused before a network is built."
     check_config(c)            # before any file is read
+    check_loggers(c.train.log)
     if old is not None:
         c = recall(c, old)
-        require(named(c.data.data) or Path(c.data.data).exists(),
-                f"{shown(c.data.data)} is not there any more: "
-                "if it was moved, name its new place with --data")
-    d, held = open_sets(c.data.data, *reading(c), progress)
+        is_there(c, p)
+    check_parts(c, p)
+    d, held = sets_of(c, p, reading(c), progress)
     require(held is not None or not c.data.upsample_from,
             f"{len(d)} images are too few for an upsampler: "
             "with ten and more some are held out, to be enlarged")
+    c, its = upon(c, d) if old is None else (c, "")
     settled = settle(c, d, device)
     if old is not None: check_unchanged(settled, old)
     micro, tight = fit_memory(describe(settled, d), device, processes)
     settled = dataclasses.replace(settled, train=dataclasses.replace(settled.train, micro=micro))
-    return settled, d, held, [*d.notes, *filter(None, [described_choice(c, settled), tight])]
+    return settled, d, held, [*d.notes, *filter(None, [its, described_choice(c, settled), tight])]
 
 def mean_of(
     c:Config, d:Images, # the run, and its training images
+    s,                  # its schedule, if it is the user's
     resume_from,        # the folder of a run, or None
-): # the trained network of which the variance alone is learned; None: there is none
+    said:list,          # what is told at the start; more is added
+): # a trained network, to learn its variance; a trained `Model`, to start from; or None
     "What a new run copies. A checkpoint holds it, and needs no other file."
     if resume_from is not None and checkpoints(Path(resume_from) / "checkpoints"): return None
-    return mean_to_keep(describe(c, d))
+    about = about_run(c, d, s)
+    source, lines = start_from(about)
+    said += lines
+    return mean_to_keep(about) if source is None else source
 
 ITS_OWN = "data", "root", "workers", "on_disk", "threads", "micro" # may differ between machines
 
@@ -349,7 +302,9 @@ def in_its_folder(
     team = w.run.team
     def made():
         if team.rank: return None
-        folder = new_folder(Path(w.config.data.data).resolve().stem.strip("."), out)
+        name = w.config.data.data
+        name = name.rpartition(":")[2].lower() if is_place(name) else Path(name).resolve().stem
+        folder = new_folder(name.strip("."), out)
         hold.enter_context(alone_in(folder, fresh=True))
         return folder
     if old is None: w.folder = team.share(all_or_none(team, made))
@@ -387,36 +342,72 @@ def training_figures(w:Work) -> dict: # of the training, for result.json
             "precision": t.precision, "parameters": sum(p.numel() for p in run.net.parameters()),
             "best": best(w.saves)}
 
+class Run(dict):
+    "What result.json holds, and where the run is: `.folder`, and `.model`, its first average."
+    def __init__(self, result:dict, folder:Path, model:Model):
+        super().__init__(result)
+        self.folder, self.model = folder, model
+
+def started(
+    config:Config, p:Parts, team, hold:ExitStack, device, progress, say, judged, # see `train_run`
+    where:tuple, # out, resume_from, new_data
+) -> tuple[Work, Images, Images|None, dict]: # the run before its next step; its images, those held
+    # out, and what it is made on
+    "A run with all its parts, in its folder."
+    out, resume_from, new_data = where
+    device, bars = place(team, device), progress and team.rank == 0
+    old = all_or_none(team, lambda: entered(resume_from, team, hold))
+    def ready(): return prepared(named_parts(config, p), old, device, bars, team.size, p)
+    c, d, held, decided = all_or_none(team, ready)
+    check_alike(team, in_common(c, d, old is not None, judged))
+    had = latest_says(Path(resume_from) / "checkpoints").get("schedule") if old else None
+    s = all_or_none(team, lambda: own_schedule(c, p, had))
+    mean = all_or_none(team, lambda: mean_of(c, d, s, resume_from, decided))
+    run, s, about = begin(c, d, device, team, mean, s)
+    model, made_on = Model(spread(run.emas[0].net, team), s, about), machine(device)
+    w = Work(c, run, model, say=say if team.rank == 0 else lambda text: None, on_step=p.on_step,
+             held=None if held is None else first_of(held, 256))
+    in_its_folder(w, out, resume_from, new_data, old, hold)
+    w.say(opening(w, d, device, decided))
+    return w, d, held, made_on
+
+def finished(w:Work, d, held, made_on, saved, judged:bool, progress:bool) -> Run: # see `train_run`
+    "Judge what was trained, and write down what was found."
+    result, png = training_figures(w), w.folder / "samples.png" if w.writes else None
+    if judged:
+        found = lambda: judged_run(w, d, held, png, progress and w.writes)
+        result |= unless_it_fails(w, "what is drawn and measured at the end", found) or {}
+    result |= made_on | {"seed": w.config.train.seed}
+    if w.writes: write(w.folder / "result.json", json.dumps(result, indent=1).encode())
+    card = lambda: write_card(w.folder, saved, w.model.config, result)
+    if w.writes: unless_it_fails(w, "README.md", card)
+    w.say(report(result, w.folder, saved))
+    return Run(result, w.folder, w.model)
+
 # %% ../../nbs/running/03_run.ipynb #a9020023
 def train_run(
-    c:Config,            # what to do
-    out:object=None,     # its folder; None: runs/NAME
+    config:Config,         # what to do
+    data:object=None,      # images of your own, in the place of those that the configuration names
+    held_out:object=None,  # images that are not trained on; None: as the data say, or a tenth
+    net:tuple|None=None,   # a network of your own: its class, and its arguments
+    loss:object=None, schedule:object=None, # of your own: see `parts.Parts`
+    on_step:object=None,   # is shown the metrics of each step, and the model; True: it is enough
+    *,
+    sampler:object=None,   # of t: a class that is called with T
+    out:object=None,       # the run's folder; None: runs/NAME
     resume_from:object=None, # the folder of a run to continue, in place of `out`
     device:str|torch.device|None=None, # None: a GPU if there is one
-    progress:bool=True,  # draw bars
-    say:object=say,      # where messages go
-    judged:bool=True,    # draw samples and measure them and the held-out images at the end
-    new_data:bool=False, # go on with other images or other names of classes; config.json notes it
-) -> dict: # what result.json holds
+    progress:bool=True,    # draw bars
+    say:object=say,        # where messages go
+    judged:bool=True,      # draw samples and measure them and the held-out images at the end
+    new_data:bool=False,   # go on with other images or other names of classes; config.json notes it
+    trust:bool=False,      # import the parts that a run in a folder names
+) -> Run: # what result.json holds
     "Train, from the first step or the latest checkpoint, and judge; each process of a team does."
+    data = os.fspath(data) if isinstance(data, Path) else data
+    if isinstance(schedule, (list, torch.Tensor)): schedule = Schedule.from_betas(schedule)
+    p = Parts(data, held_out, net, loss, schedule, sampler, on_step, trust)
     with join(device) as team, ExitStack() as hold:
-        device, bars = place(team, device), progress and team.rank == 0
-        old = all_or_none(team, lambda: entered(resume_from, team, hold))
-        c, d, held, decided = all_or_none(team, lambda: prepared(c, old, device, bars, team.size))
-        check_alike(team, in_common(c, d, old is not None, judged))
-        mean = all_or_none(team, lambda: mean_of(c, d, resume_from))
-        run, s, about = begin(c, d, device, team, mean)
-        model, made_on = Model(spread(run.emas[0].net, team), s, about), machine(device)
-        w = Work(c, run, model, say=say if team.rank == 0 else lambda text: None,
-                 held=None if held is None else first_of(held, 256))
-        in_its_folder(w, out, resume_from, new_data, old, hold)
-        w.say(opening(w, d, device, decided))
-        saved, png = follow(w, progress), w.folder / "samples.png" if w.writes else None
-        result = training_figures(w)
-        if judged:
-            found = lambda: judged_run(w, d, held, png, bars)
-            result |= unless_it_fails(w, "what is drawn and measured at the end", found) or {}
-        result |= made_on | {"seed": c.train.seed}
-        if w.writes: write(w.folder / "result.json", json.dumps(result, indent=1).encode())
-        w.say(report(result, w.folder, saved))
-        return result
+        where = out, resume_from, new_data
+        w, *more = started(config, p, team, hold, device, progress, say, judged, where)
+        return finished(w, *more, follow(w, progress), judged, progress)

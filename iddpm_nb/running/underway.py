@@ -27,17 +27,25 @@ from ..pictures import say
 from ..forward import model_time, q_sample
 from ..train import Stepping, Training, autocast, objective, pick_precision, train
 from ..conditioning.upsampler import asked_for
+from ..training.own import fetch_part, is_place
 from ..training.files import write
 from ..training.checkpoint import checkpoints, mark_best, save_checkpoint
 from ..training.distributed import check_agreement, spread
 from ..training.config import Config
-from ..training.log import board, curve, log, read_log, watch
+from ..training.log import boards, close_boards, curve, log, read_log, watch
 from ..training.loading import stopping
 from ..training.speed import InPrecision, cast_once
 from ..training.memory import images_at_a_time
 from .model import Model, grid_file
 
 # %% ../../nbs/running/02_underway.ipynb #39479726
+def loss_of(
+    c:Config, # the run
+) -> object: # for `train.objective`
+    "The loss that is minimised: a name, or a function of the user's."
+    loss = c.diffusion.loss
+    return fetch_part(loss, "the loss of this run") if is_place(loss) else loss
+
 @torch.no_grad()
 def held_out_loss(
     model:Model,   # averaged weights
@@ -51,14 +59,14 @@ def held_out_loss(
     eps, device = torch.randn(x0.shape, generator=g), s.beta.device
     cond = asked_for(model.config["network"], x0, held.labels, generator=g)
     chunk = chunk or images_at_a_time(model.net, x0.shape[1:], device, cond)
-    losses = []
+    losses, loss = [], loss_of(c)
     for i in torch.arange(len(x0)).split(chunk):
         x, e, now = x0[i].to(device), eps[i].to(device), t[i].to(device)
         told = {k: v[i.to(v.device)].to(device) for k, v in cond.items()}
         xt = q_sample(s, x, now, e)
         with autocast(device, c.train.precision):
             out = model.net(xt, model_time(s, now), **told)
-        losses.append(objective(d.loss, s, out.float(), x, xt, now, e, d.lam))
+        losses.append(objective(loss, s, out.float(), x, xt, now, e, d.lam))
     return torch.cat(losses).mean().item()
 
 # %% ../../nbs/running/02_underway.ipynb #bc41945b
@@ -91,7 +99,9 @@ class Work:
     held: Images|None = None # measured at every checkpoint
     notes: dict = field(default_factory=dict) # see `NOTES`
     say: Callable = say      # where messages go
-    writer: object = None    # see `log.board`
+    on_step: Callable|None = None # sees the metrics of each step; True: it is enough
+    told: set = field(default_factory=set) # what went wrong, and need not be said again
+    writer: dict = field(default_factory=dict) # other places for numbers: see `log.boards`
 
     @property
     def writes(self): return self.run.team.rank == 0  # one process of a team does
@@ -116,6 +126,7 @@ def unless_it_fails(
     w:Work,    # the run
     what:str,  # in words
     do,        # measures or draws: a function of no arguments
+    once:bool=False, # the same sentence is not said twice
 ): # what it returns, or None
     "What only shows or measures does not end a run: what goes wrong there is said."
     try:
@@ -123,6 +134,10 @@ def unless_it_fails(
     except Exception as e:
         lost = isinstance(e, RuntimeError) and not no_memory(e)   # the other processes, perhaps
         if w.run.team.size > 1 and lost: raise
+        why = f"{what}: {in_words(e)}"
+        known = once and why in w.told
+        w.told.add(why)
+        if known: return
         w.say(f"warning: {what} at step {w.run.step} was left out, and the run goes on: "
               f"{shown(in_words(e))}")
 
@@ -162,14 +177,25 @@ def draw_grid(w:Work):
     grid = w.folder / "samples" / f"{w.run.step:07d}.png" if w.writes else None
     grid_file(as_it_draws(w), grid, w.config.train.seed, shown=w.held)
 
+def enough(
+    w:Work, # the run
+    m:dict, # metrics of `watch`
+) -> bool:
+    "Show the user's function the step; in a team the first process does."
+    if w.on_step is None: return False
+    answer = unless_it_fails(w, "what on_step does", lambda: w.on_step(m | {"model": w.model}),
+                             once=True) if w.writes else None
+    kind = str(getattr(answer, "dtype", type(answer).__name__))       # numpy's True, and a tensor's
+    return w.run.team.any(kind.endswith(("bool", "bool_")) and bool(answer))
+
 def keep_up(
     w:Work,   # the run
-    m:dict,   # metrics of `watch`, and whether the run is to "halt"
+    m:dict,   # metrics of `watch`, and whether the run is to "halt", or has had "enough"
 ) -> Path | None: # the checkpoint, if it is time for one
     "What is done between two steps: log, save, and only then measure and draw."
     t, step, saved = w.config.train, m["step"], None
     if w.writes and "loss" in m: log(w.folder, m, w.writer)
-    if step % t.save_every == 0 or step == t.steps or m["halt"]:
+    if step % t.save_every == 0 or step == t.steps or m["halt"] or m["enough"]:
         saved = save(w)
         measure_held_out(w)
         if w.writes: unless_it_fails(w, "curve.png", functools.partial(curve, w.folder))
@@ -200,22 +226,27 @@ def follow(
 ) -> Path: # the last checkpoint
     "Train to the end; log, save, measure and draw on the way."
     run, t, d, saved = w.run, w.config.train, w.config.diffusion, None
-    if w.writes: w.writer = board(w.folder, run.step)
+    said = dataclasses.asdict(w.config)
+    if w.writes: w.writer = boards(w.folder, run.step, t.log, said)
     measure_what_is_missing(w)
     clock = time.perf_counter() - run.seconds
     how = Stepping(t.precision, t.micro, t.clip)
-    steps = train(run, w.model.schedule, t.steps, d.loss, t.lr, t.warmup, t.anneal, lam=d.lam,
-                  how=how)
+    steps = train(run, w.model.schedule, t.steps, loss_of(w.config), t.lr, t.warmup, t.anneal,
+                  lam=d.lam, how=how)
     try:
         with between_steps(run.team.size == 1) as asked:
             for m in watch(steps, t.steps, t.log_every, run.step, progress and w.writes):
                 m["halt"] = run.team.any(bool(asked))
+                m["enough"] = enough(w, m)
                 run.seconds = time.perf_counter() - clock
                 saved = keep_up(w, m) or saved
                 stopped = f"stopped at step {run.step}; continue with: {again(w.folder)}"
                 if m["halt"]: raise KeyboardInterrupt(stopped)
+                if m["enough"]: break
     except Exception as e:
         told = isinstance(e, (FloatingPointError, OSError, ValueError)) or no_memory(e)
         if not told: raise
         raise with_a_way_on(e, w.folder) from e
+    finally:
+        close_boards(w.writer)
     return saved or checkpoints(w.saves)[-1]

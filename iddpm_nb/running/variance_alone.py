@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from ..checks import require, shown
 from ..data import Images, to_float
+from ..training.own import Untrusted
 from ..training.described import is_ours
 from ..training.config import FOUR, Config, DataConfig, DiffusionConfig, ModelConfig
 from .model import Model, load
@@ -40,13 +41,26 @@ def frozen_mean(
     return net
 
 # %% ../../nbs/running/02a_variance_alone.ipynb #02aa0010
+def of_this_package(
+    path, # as for `load`
+) -> Model:
+    "A trained model whose network can be taken apart: one of ours."
+    try:
+        model = load(path)
+    except Untrusted:
+        model = None
+    require(model is not None and "own" not in model.config["network"],
+            f"{shown(path)} has a network of the user's: --init and --variance-only are for those "
+            "of this package")
+    return model
+
 def fixed_model(
     path, # the folder of a run, one of its checkpoints, or a file of ours
 ) -> Model:
     "A trained model whose variance is fixed."
     official = Path(path).is_file() and not is_ours(path)
     require(not official, f"{shown(path)} is no file of ours: make it one by iddpm_convert")
-    model = load(path)
+    model = of_this_package(path)
     require(model.config["variance"] != "learned",
             f"{shown(path)} has learned its variance already: --variance-only is for models with "
             "a fixed one, trained with --loss simple")

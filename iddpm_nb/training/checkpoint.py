@@ -29,6 +29,7 @@ from ..unet import UNet
 from ..train import Training, same_layout
 from ..conditioning.upsampler import Upsampler
 from .files import checksum, numbered, sync, write
+from .own import fetch_part
 from .described import check_described, checked, parsed
 
 # %% ../../nbs/training/03_checkpoint.ipynb #c50c0ae6
@@ -45,9 +46,12 @@ def read_header(
         raise ValueError(f"{name} is not a whole .safetensors file ({e})") from e
     require("iddpm_nb" in meta,
             f"{name} holds weights but not how to build their network: iddpm_nb did not write it")
+    config = parsed(meta["iddpm_nb"], path)
     odd = sorted({v.get_dtype() for v in slices.values()} - {"F64", "F32", "F16", "BF16"})
-    require(not odd, f"{name} holds weights of type {', '.join(odd)}, which are not floats")
-    return {k: tuple(v.get_shape()) for k, v in slices.items()}, parsed(meta["iddpm_nb"], path)
+    its = config.get("network")
+    require(not odd or isinstance(its, dict) and "own" in its,       # it may count in others
+            f"{name} holds weights of type {', '.join(odd)}, which are not floats")
+    return {k: tuple(v.get_shape()) for k, v in slices.items()}, config
 
 def read_model(
     path:Path, # a file that `save_model` wrote
@@ -64,24 +68,52 @@ def save_model(
     dtype:torch.dtype|None=None, # torch.bfloat16 halves the file; None: as they are
 ):
     "Weights and configuration in one file."
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
+    def plain(v): return v.detach().to("cpu", dtype if v.is_floating_point() else None)
+    tensors = {k: plain(v).contiguous() for k, v in net.state_dict().items()}
     write(path, safetensors.torch.save(tensors, {"format": "pt", "iddpm_nb": json.dumps(config)}))
 
 # %% ../../nbs/training/03_checkpoint.ipynb #8c9a2c3e
+def chain_of(
+    known:dict, # "schedule" of a configuration
+) -> Schedule:
+    "A schedule by its name, or by the betas that the configuration carries (`own_chain`)."
+    if known["name"] != "own": return make_schedule(**known)
+    return Schedule.from_betas(known["beta"], known["t_model"])
+
+def own_chain(
+    s:Schedule, # of the user
+) -> dict: # for `chain_of`: a float64 in JSON comes back to the bit
+    "What a configuration carries of a schedule that has no name."
+    return {"name": "own", "T": len(s), "beta": s.beta.tolist(), "t_model": s.t_model.tolist()}
+
+def made_from(place:str, arguments:dict) -> nn.Module: # of the user's class
+    try:
+        return fetch_part(place, "its network")(**arguments)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{place} cannot be made with the arguments {shown(arguments)}: "
+                         f"{shown(e)}") from e
+
 def network(config): # of a configuration, untrained
     known = config["network"]
+    if "own" in known: return made_from(known["own"], known["arguments"])
     return Upsampler(**known) if "low_size" in known else UNet(**known)
 
 def build(
-    config:dict, # with "network" (for `UNet` or `Upsampler`) and "schedule" (for `make_schedule`)
+    config:dict, # with "network" (for `network`) and "schedule" (for `chain_of`)
     check=None,  # a function that is shown the network before that takes any memory
+    trust:bool=False, # import a network of the user's
 ) -> tuple[nn.Module, Schedule]:
     "The network, untrained, and the schedule that a configuration describes."
     check_described(config)
-    if check:
+    place = config["network"].get("own")
+    if place:
+        fetch_part(place, "the network of this model", trust)
+    elif check:
         with torch.device("meta"):
             check(network(config))
-    return network(config), make_schedule(**config["schedule"])
+    net = network(config)
+    if place and check: check(net)
+    return net, chain_of(config["schedule"])
 
 def check_weights(
     net:nn.Module, # here, perhaps without memory
@@ -100,10 +132,12 @@ def check_weights(
 def load_model(
     path:Path,    # a file that `save_model` wrote
     device:str|torch.device="cpu", # where the network should live
+    *,
+    trust:bool=False, # import a network of the user's
 ) -> tuple[nn.Module, Schedule, dict]: # network in eval mode, schedule, configuration
     "A trained network with all it needs."
     shapes, config = read_header(path)
-    net, s = build(config, lambda net: check_weights(net, shapes, path))
+    net, s = build(config, lambda net: check_weights(net, shapes, path), trust)
     net.load_state_dict(read_model(path)[0])
     return net.to(device).eval(), s.to(device), config
 
@@ -194,7 +228,7 @@ def check_state(
     mine, its = [e.name for e in run.emas], list(s.emas)
     require(mine == its, f"the checkpoint has averages {shown(', '.join(its))}, "
                          f"this training has {', '.join(mine)}")
-    kinds = [{k: getattr(v, "dtype", v) for k, v in d.items()}
+    kinds = [{k: getattr(v, "dtype", type(v)) for k, v in d.items()}
              for d in (run.sampler.state_dict(), s.sampler)]
     require(kinds[0] == kinds[1],
             "the checkpoint draws t with another sampler (uniform or importance) than this one")

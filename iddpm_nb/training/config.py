@@ -16,15 +16,18 @@ from .. import __version__
 from ..checks import require, shown
 from ..data import Images
 from ..train import ema_name
-from .described import (Blocks, Chainlength, Multiples, Noise, Schedules, Share,
-                                         Size, Sizes, Text, Variances, Width, check_described,
-                                         checked)
+from .own import Place, is_place
+from .described import (Blocks, Chainlength, Multiples, Noise, Share, Size, Sizes,
+                                         Text, Variances, Width, check_described, checked, one_of,
+                                         parsed)
 
 # %% ../../nbs/training/05_config.ipynb #9c2cc94c
 @dataclass(frozen=True)
 class DataConfig:
     "What is learned."
-    data: Text = "digits" # digits, mnist, fashionmnist, cifar10, a folder of images, or an .npz
+    # digits, mnist, fashionmnist, cifar10, a folder of images, an .npz; or module:name, where a
+    # data set of your own stands, or a function that makes one
+    data: Text = "digits"
     # files of a folder are scaled and cropped to it, mnist is padded to 32; None: as they are
     image_size: Size | None = None
     grey: bool = False             # read the files of a folder as grey images
@@ -58,24 +61,34 @@ class ModelConfig:
     # groups of channels in each norm; a group of a single channel loses its mean, and with it the
     # brightness. The official networks, of 128 channels and more, have 32. None: by the images
     groups: Width | None = None
+    # a network of your own in the place of all this: module:Class; see running/03a
+    own: Place | None = None
+    arguments: Text = "{}"                # what makes one: a JSON table of the arguments
 
 # %% ../../nbs/training/05_config.ipynb #ecc4fbd6
 @dataclass(frozen=True)
 class DiffusionConfig:
     "The chain and the loss."
     T: Chainlength = 1000                               # steps of the chain, 2 to 100,000
-    schedule: Schedules = "cosine"                      # its noise
+    # its noise: cosine, linear; module:name of a function of T that gives the betas; own: the betas
+    # that were given
+    schedule: one_of("cosine", "linear", "own") = "cosine"
     rescale_t: bool = True                              # show the network t times 1000/T
-    loss: Literal["simple", "hybrid", "vlb"] = "hybrid" # what is minimised
+    # what is minimised: simple, hybrid, vlb; or a loss of your own, module:name (running/03a)
+    loss: one_of("simple", "hybrid", "vlb") = "hybrid"
     variance: Variances = "learned"         # of the reverse steps; hybrid and vlb learn it
     # weight of L_vlb in the hybrid loss, per bit
     lam: Annotated[float, Meta(ge=0, le=1e9)] = 0.001
-    # how t is drawn: stratified takes one t from each of as many equal parts of the chain as the
-    # batch has images; importance is for vlb
-    sampler: Literal["uniform", "stratified", "importance"] = "uniform"
+    # how t is drawn: uniform, stratified, importance, or a class of your own, module:Class;
+    # stratified takes one t from each of as many equal parts of the chain as the batch has images;
+    # importance is for vlb
+    sampler: one_of("uniform", "stratified", "importance") = "uniform"
     # a trained model with a fixed variance (the folder of a run, or a file): its mean is kept to
     # the last bit, and the variance alone is trained. Network, T and schedule are the model's
     variance_only: Text | None = None
+    # fine-tuning: a trained model (the folder of a run, a file of ours, an official one) whose
+    # weights the training starts from; the network is as there, as far as no option says otherwise
+    init: Text | None = None
 
 # %% ../../nbs/training/05_config.ipynb #9762a831
 Times = Annotated[int, Meta(ge=1, le=10**9)]
@@ -118,6 +131,10 @@ class TrainConfig:
     sample_every: Annotated[int, Meta(ge=0, le=10**9)] = 0
     save_every: Times = 500         # steps between checkpoints
     keep: Times = 2                 # checkpoints kept, besides the best on held-out images
+    # where numbers go besides metrics.jsonl: csv, wandb, tensorboard, or several. TensorBoard gets
+    # them unasked where it is installed
+    log: tuple[Literal["csv", "wandb", "tensorboard"], ...] = ()
+    licence: Text | None = None     # of the weights, for the model card in README.md
 
 # %% ../../nbs/training/05_config.ipynb #360a7082
 @dataclass(frozen=True)
@@ -159,17 +176,21 @@ def check_config(
             "--label-drop drops labels that the network is shown: it needs --class-cond")
     require(d.upsample_from is not None or not d.noise_augment,
             "--noise-augment is noise on small images that are enlarged: it needs --upsample-from")
+    if c.diffusion.variance_only is not None: check_alone(c)
+    if is_place(loss): return          # `parts.check_parts` looks at it
     require(loss == "simple" or variance == "learned",
             f"the {loss} loss learns the variance: use --variance learned, or --loss simple")
     require(loss != "simple" or variance != "learned",
             "the simple loss gives the variance no signal: use --variance beta (or beta_tilde) "
             "with it, or --loss hybrid")
-    if c.diffusion.variance_only is not None: check_alone(c)
 
 def check_alone(
     c:Config, # in which the variance alone is trained
 ):
     "One sentence for what would train something else, or change the mean."
+    require(c.diffusion.init is None,
+            "--init and --variance-only exclude each other: the one trains all weights, the other "
+            "those of the variance alone")
     require(c.diffusion.loss == "hybrid",
             "--variance-only says what is trained: leave --loss and --variance out")
     require(c.diffusion.lam > 0, "--variance-only with --lam 0 trains nothing: leave --lam out")
@@ -244,6 +265,13 @@ def fit_model(
                  num_heads=divisor(channels, 4), groups=divisor(channels, min(channels // 4, most)))
     return fill(m, found)
 
+def layers(
+    m:ModelConfig, # filled in
+) -> dict: # of `UNet`, or what makes a network of the user's: see `described.OwnNetwork`
+    "What a checkpoint says of a network, besides its channels and the size of the images."
+    if m.own is None: return {k: v for k, v in vars(m).items() if k not in ("own", "arguments")}
+    return {"own": m.own, "arguments": parsed(m.arguments, "--arguments")}
+
 def fit_train(
     t:TrainConfig, # what was asked for
     usual:dict,    # as for `fit_model`
@@ -265,8 +293,8 @@ def fit(
     check_config(c)
     size = square(d)
     usual = next(v for least, v in reversed(BY_SIZE.items()) if size >= least)
-    return dataclasses.replace(c, model=fit_model(c.model, size, usual),
-                               train=fit_train(c.train, usual))
+    model = c.model if c.model.own else fit_model(c.model, size, usual)
+    return dataclasses.replace(c, model=model, train=fit_train(c.train, usual))
 
 def described_choice(
     before:Config, # as asked for
@@ -321,7 +349,7 @@ def describe(
     c, (C, size) = fit(c, d), d.images.shape[1:3]
     diffusion, t = c.diffusion, c.train
     out = 2 * C if diffusion.variance == "learned" else C
-    network = dict(in_channels=C, out_channels=out, image_size=size, **dataclasses.asdict(c.model))
+    network = dict(in_channels=C, out_channels=out, image_size=size) | layers(c.model)
     if diffusion.variance_only is not None: network["apart"] = True    # eps_hat as without u
     return {"network": network | conditions(c, d),
             "schedule": {"name": diffusion.schedule, "T": diffusion.T,
@@ -333,7 +361,7 @@ def describe(
 # %% ../../nbs/training/05_config.ipynb #ec91917d
 # may change when a run is continued
 FREE = ("steps", "log_every", "sample_every", "save_every", "keep", "root", "data",
-        "workers", "micro", "compile", "threads", "clip", "skip_broken")
+        "workers", "micro", "compile", "threads", "clip", "skip_broken", "log", "licence")
 
 def changed_fields(
     new:Config, old:Config, # two configurations

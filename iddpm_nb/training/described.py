@@ -16,6 +16,7 @@ import safetensors
 from msgspec import UNSET, Meta, Struct, UnsetType
 from ..checks import require, shown
 from ..schedule import MOST_STEPS
+from .own import PLACE, Place
 
 # %% ../../nbs/training/02_described.ipynb #d0f39743
 Size = Annotated[int, Meta(ge=1, le=4096)]
@@ -28,9 +29,11 @@ Chainlength = Annotated[int, Meta(ge=2, le=MOST_STEPS)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Noise = Annotated[float, Meta(ge=0, le=100)]     # a standard deviation, in units of [-1,1]
 Text = Annotated[str, Meta(max_length=4096)]
-Schedules = Literal["cosine", "linear"]
+Schedules = Literal["cosine", "linear", "own"]
+def one_of(*names): # a name, or the place of a part of the user's
+    return Annotated[str, Meta(pattern=f"^({'|'.join(names)}|{PLACE})$", max_length=400)]
 Variances = Literal["learned", "beta", "beta_tilde"]
-Flat = bool | int | float | Text | tuple[int | float, ...] | None
+Flat = bool | int | float | Text | tuple[int | float | Text, ...] | None
 
 class Network(Struct, forbid_unknown_fields=True):
     "Arguments of `UNet`, and of `Upsampler` if there is a `low_size`."
@@ -50,11 +53,26 @@ class Network(Struct, forbid_unknown_fields=True):
     augment: Noise = 0.0
     apart: bool = False
 
+class OwnNetwork(Struct, forbid_unknown_fields=True):
+    "A network of the user's: where its class stands, what makes one, and what it takes and gives."
+    own: Place
+    arguments: dict[Text, object]
+    in_channels: Width
+    out_channels: Width
+    image_size: Size
+    num_classes: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    low_size: UnsetType = UNSET
+
+Chances = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1)], ...], Meta(max_length=MOST_STEPS)]
+Times = Annotated[tuple[float, ...], Meta(max_length=MOST_STEPS)]
+
 class Chain(Struct, forbid_unknown_fields=True):
-    "Arguments of `make_schedule`."
+    "Arguments of `make_schedule`; or the betas of a schedule of the user's, and its t_model."
     name: Schedules
     T: Chainlength
     rescale_t: bool = True
+    beta: Chances | UnsetType = UNSET
+    t_model: Times | UnsetType = UNSET
 
 class Described(Struct):
     "What a checkpoint carries. Other entries may travel along; nothing is built from them."
@@ -68,6 +86,10 @@ class Described(Struct):
     run: dict[Text, dict[Text, Flat]] = {}
     version: Text = ""
     official: Text = ""
+
+class OwnDescribed(Described):
+    "The same of a model whose network is the user's."
+    network: OwnNetwork
 
 # %% ../../nbs/training/02_described.ipynb #f64875e2
 WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false",
@@ -100,6 +122,8 @@ def fault(
     for step in re.findall(r"\w+", place.partition("[...]")[0]):   # of a table no key is told
         value = value[int(step) if step.isdigit() else step]
     found = shown(reprlib.repr(value))
+    if "regex" in said and "(" in said:
+        return f"{name} is {found}, which is none of its choices, nor a place as module:name"
     if "enum" in said: return f"{name} is {found}, which is none of its choices"
     return f"{name} is {found}, but must be {rule(said)}"
 
@@ -117,7 +141,12 @@ def checked(
 
 # %% ../../nbs/training/02_described.ipynb #4adc80c8
 def agree(d:Described): # one sentence for entries that contradict each other
-    n = d.network
+    n, chain = d.network, d.schedule
+    if chain is not UNSET:
+        lists = [v for v in (chain.beta, chain.t_model) if v is not UNSET]
+        require(len(lists) == 2 * (chain.name == "own") and all(len(v) == chain.T for v in lists),
+                f"its schedule is {chain.name} with T = {chain.T}: an own one, and no other, has "
+                "a list of T betas and one of what stands for t")
     if d.shape is not UNSET:
         C, H, W = d.shape
         takes = n.in_channels // (1 if n.low_size is UNSET else 2)
@@ -139,7 +168,8 @@ def check_described(
 ):
     "Refuse a configuration that no network should be built from."
     what = "this configuration does not describe a model"
-    d = checked(config, Described, what)
+    own = isinstance(config.get("network"), dict) and "own" in config["network"]
+    d = checked(config, OwnDescribed if own else Described, what)
     for name in needed:
         require(getattr(d, name) is not UNSET, f"{what}: it has no {name}")
     if d.network is UNSET: return

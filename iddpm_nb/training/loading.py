@@ -6,6 +6,7 @@
 __all__ = ['Prefetch', 'make_batches']
 
 # %% ../../nbs/training/07_loading.ipynb #d0e6e736
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -24,8 +25,10 @@ class Rows(torch.utils.data.Dataset):
     "What a worker does: some images, or one sentence about the one that cannot be read."
     def __init__(self, images): self.images = images
     def __len__(self): return len(self.images)
-    def __getitems__(self, i):
+    def __getitems__(self, asked): # the numbers of images, and a seed
+        i, seed = asked
         try:
+            if getattr(self.images, "changes", False): return self.images.drawn(i, seed)
             return self.images[torch.as_tensor(i)]
         except ValueError as e:
             return str(e)
@@ -63,6 +66,14 @@ def let_go(
     for process in left:
         process.kill()
 
+def seed_here(
+    batches:Batches,
+) -> int: # of the first image that comes next, for this process; the others follow it
+    "A seed that belongs to a position in the data: the same after a resume, and in any team."
+    place = batches.generator.get_state().numpy().tobytes() + str(len(batches.order)).encode()
+    first = int.from_bytes(hashlib.sha256(place).digest()[:6], "big")
+    return first + batches.part.start
+
 # %% ../../nbs/training/07_loading.ipynb #b0a1de35
 class Prefetch(Batches):
     "`Batches` made by workers ahead of time: for `Files`, or `Images` that the device cannot hold."
@@ -82,9 +93,9 @@ class Prefetch(Batches):
     def plan(self):
         "What is to be read next."
         while True:
-            i, mirror = self.draw()
+            seed, (i, mirror) = seed_here(self), self.draw()
             self.plans.append((i, mirror, Batches.state_dict(self)))
-            yield i.tolist()
+            yield i.tolist(), seed
 
     def load(self):
         "Read it."

@@ -6,9 +6,12 @@
 __all__ = ['read_log', 'curves']
 
 # %% ../../nbs/training/06_log.ipynb #bc46739d
+import importlib.util
 import io
 import json
 import math
+import re
+import secrets
 import time
 import warnings
 from collections.abc import Iterator
@@ -130,32 +133,21 @@ KEPT = Reading.__struct_fields__
 def log(
     folder:Path, # a run
     m:dict,      # metrics of `watch`
-    board=None,  # see `board`
+    to:dict|None=None, # other places for the same numbers, by name: see `boards`
 ):
-    "One more line of metrics.jsonl, and of TensorBoard's file."
+    "One more line of metrics.jsonl, and of whatever else is kept."
     told = KEPT if "loss" in m else ("step", "held_out")   # else it is still on the device
     row, path = {k: m[k] for k in told if k in m}, Path(folder) / "metrics.jsonl"
     with only_shown(f"{shown(path)} does not get all of its lines"):
         append(path, json.dumps(row).encode())
-    if board is None: return
-    with only_shown("TensorBoard does not get all numbers"):
-        for k, v in row.items():
-            parts = {f"{k}/{i}": x for i, x in enumerate(v)} if isinstance(v, list) else {k: v}
-            for name, x in parts.items():
-                if k != "step": board.add_scalar(name, x, m["step"])
-        board.flush()
+    for name, place in (to or {}).items():
+        with only_shown(f"{name} does not get all numbers"):
+            place.add(in_columns(row))
 
-def board(
-    folder:Path, # a run
-    step:int=0,  # what was written about later steps is void
-):
-    "TensorBoard's writer, or None if it is not installed, or does not work."
-    with only_shown("TensorBoard gets no numbers"):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return None
-        return SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+def in_columns(row:dict) -> dict: # the same numbers, one for each name
+    parts = [{f"{k}/{i}": x for i, x in enumerate(v)} if k == "quarters" else {k: v}
+             for k, v in row.items()]
+    return {k: v for part in parts for k, v in part.items()}
 
 # %% ../../nbs/training/06_log.ipynb #3f43ce87
 def read_log(
@@ -224,3 +216,101 @@ def curves(
         a.set(xlabel="step", ylabel=name)
         if name != "images/s": a.set_yscale("log", nonpositive="clip")
     return fig
+
+# %% ../../nbs/training/06_log.ipynb #06c0a002
+class Board:
+    "TensorBoard's files."
+    def __init__(self, writer): self.writer = writer
+    def add(self, row):
+        for name, x in row.items():
+            if name != "step": self.writer.add_scalar(name, x, row["step"])
+        self.writer.flush()
+    def close(self): self.writer.close()
+
+class Table:
+    "A table of the numbers, with a line for each step."
+    head = ("step", "loss", "lr", "images_per_s", "grad_norm",
+            *(f"quarters/{q}" for q in range(4)), "held_out")
+    def __init__(self,
+        path:Path,  # the file; one that is there is replaced
+        rows:list=(), # what it begins with: see `read_log`
+    ):
+        self.path, self.at, self.last = path, 0, {}
+        write(path, (",".join(self.head) + "\n").encode())
+        for row in rows:
+            self.add(in_columns(row))
+    def add(self, row):                 # a line, or more numbers for the last one
+        if row["step"] != self.last.get("step"): self.at, self.last = self.path.stat().st_size, {}
+        self.last |= row
+        with open(self.path, "r+b") as f:
+            f.truncate(self.at)
+            f.seek(self.at)
+            f.write((",".join(str(self.last.get(k, "")) for k in self.head) + "\n").encode())
+    def close(self): pass
+
+# %% ../../nbs/training/06_log.ipynb #06c0a003
+def own_id(
+    path:Path, # wandb.id
+) -> str: # eight hexadecimal digits
+    "The number of a run at Weights & Biases: always the same."
+    said = path.read_text().strip() if path.is_file() else ""
+    if re.fullmatch("[0-9a-f]{8}", said): return said
+    said = secrets.token_hex(4)
+    write(path, said.encode())
+    return said
+
+class Wandb:
+    "A run at Weights & Biases."
+    def __init__(self,
+        folder:Path, # the run
+        about:dict,  # its configuration
+    ):
+        import wandb
+        self.run = wandb.init(project="iddpm_nb", name=folder.name, id=own_id(folder / "wandb.id"),
+                              dir=str(folder), resume="allow", config=about)
+    def add(self, row):
+        self.run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    def close(self): self.run.finish()
+
+# %% ../../nbs/training/06_log.ipynb #06c0a004
+PLACES = {"tensorboard": "TensorBoard", "csv": "metrics.csv", "wandb": "Weights & Biases"}
+
+def check_loggers(
+    kinds:tuple, # of `PLACES`: what was asked for
+):
+    "One sentence for a logger that is not installed."
+    for kind in kinds:
+        if kind == "csv": continue
+        spec = importlib.util.find_spec(kind)
+        require(spec is not None and spec.origin,      # a folder of that name is no package
+                f"--log {kind} needs the package {kind}, which is not installed: pip install "
+                f"{kind}, or leave it out", ImportError)
+
+def scalars(folder, step): # TensorBoard's writer, or None where it is not installed
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return Board(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
+
+def boards(
+    folder:Path, # a run
+    step:int=0,  # what was written about later steps is void
+    kinds:tuple=(), # of `PLACES`
+    about:dict|None=None, # the configuration of the run
+) -> dict: # name -> what has `add` and `close`
+    "Where the numbers go besides metrics.jsonl. What does not work is left out, with a warning."
+    folder, found = Path(folder), {}
+    def table(): return Table(folder / "metrics.csv", [r for r in read_log(folder)
+                                                       if r["step"] <= step])
+    makers = {"tensorboard": lambda: scalars(folder, step), "csv": table,
+              "wandb": lambda: Wandb(folder, about or {})}
+    for kind in dict.fromkeys(("tensorboard", *kinds)):
+        with only_shown(f"{PLACES[kind]} gets no numbers"):
+            found[PLACES[kind]] = makers[kind]()
+    return {k: v for k, v in found.items() if v is not None}
+
+def close_boards(to:dict): # of `boards`
+    for name, place in to.items():
+        with only_shown(f"{name} did not get all numbers"):
+            place.close()

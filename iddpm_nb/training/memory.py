@@ -20,7 +20,8 @@ from ..checks import require
 from ..data import free_memory
 from ..schedule import make_schedule
 from ..unet import WRITTEN_OUT
-from ..train import Alone, native_bfloat16, train_step
+from ..train import Alone, train_step
+from .own import is_place
 from .checkpoint import network
 from .distributed import Wrapped
 
@@ -66,6 +67,11 @@ def peak_memory(
     return seen.peak, seen.largest
 
 # %% ../../nbs/training/09_memory.ipynb #7a42bdfb
+def native_bfloat16() -> bool:
+    "Does this CPU multiply bfloat16 numbers by itself (AMX or AVX512-BF16), fast or not?"
+    asked = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
+    return any(getattr(torch.cpu, ask, bool)() for ask in asked)
+
 def imitated(precision:str, device) -> bool:
     "Is this bfloat16 on a CPU that does not know it, and computes with copies in float32?"
     on_cpu = torch.device(device).type == "cpu"
@@ -159,7 +165,9 @@ def training_memory(
     images = min(micro or run["train"]["micro"] or own, own)
     precision = run["train"]["precision"]
     written_out = precision == "bfloat16" and torch.device(device).type == "cpu"
-    P, made = step_memory(json.dumps(about["network"]), shape, images, run["diffusion"]["loss"],
+    loss, u = run["diffusion"]["loss"], about["variance"] == "learned"
+    if is_place(loss): loss = "hybrid" if u else "simple"  # as much, as a rule
+    P, made = step_memory(json.dumps(about["network"]), shape, images, loss,
                           WRITTEN_OUT + 1 if written_out else 0)
     rest = 4 * P + 3 * 4 * (own - images) * torch.Size(shape).numel() if images < own else 0
     return 4 * P * (3 + len(about["averages"])) + int(made * grows(precision, device)) + rest
@@ -182,8 +190,12 @@ def fit_memory(
     processes:int=1,  # that share the batch
 ) -> tuple[int|None, str]: # images at a time, None: all; what a person should know, or ""
     "As many images at a time as asked for, or as fit; one sentence if that cannot be."
-    asked = about["run"]["train"]["micro"]
-    need, free = training_memory(about, device, processes), free_memory(device)
+    asked, free = about["run"]["train"]["micro"], free_memory(device)
+    try:
+        need = training_memory(about, device, processes)
+    except Exception:
+        if "own" in about["network"]: return asked, "" # a network that cannot be built on "meta"
+        raise
     if need <= free: return asked, ""
     said = (f"this training needs about {gigabytes(need)} of memory on {device}, "
             f"where {gigabytes(free)} are free")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,25 @@ def clean_env(**more):
     "The environment without this checkout on the path, one thread, no bars."
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "IN_TEST")}
     return env | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"} | more
+
+
+@contextmanager
+def within(folder):
+    "Work in a folder for a while."
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+def write_site():
+    "The web site, as the command writes it: its folder."
+    done = subprocess.run([sys.executable, "tools/website.py"], cwd=ROOT, capture_output=True,
+                          text=True, env=clean_env(PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ROOT / "_site"
 
 
 @pytest.fixture

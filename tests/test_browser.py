@@ -8,14 +8,12 @@ import functools
 import http.server
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
-from conftest import ROOT, clean_env
+from conftest import ROOT, write_site
 
 import iddpm_nb
 from iddpm_nb.sampling import Sampling, sample
@@ -33,10 +31,7 @@ FINISHED = "document.querySelector('.play-state').textContent.includes(' in ')"
 @pytest.fixture(scope="module")
 def site():
     "The site, as the command writes it."
-    done = subprocess.run([sys.executable, "tools/website.py"], cwd=ROOT, capture_output=True,
-                          text=True, env=clean_env(PYTHONPATH=str(ROOT)))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return SITE
+    return write_site()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Many images: drawn in parts, on the disk one after the other, the same after any kill; and what
 is read from the disk for a model."""
 import json
-import os
 import random
 import resource
 import signal
@@ -13,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import clean_env
+from conftest import clean_env, within
 from PIL import Image
 from test_commands import TRAIN, ask, refused
 from iddpm_nb.checks import CALLS, crash_at
@@ -33,15 +32,11 @@ SMALL = (4, 2**26)           # images in a part, in place of 1,000
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "A class-conditional run, an upsampler and its base, of two steps each."
-    folder, before = tmp_path_factory.mktemp("many"), os.getcwd()
-    os.chdir(folder)
-    try:
+    with within(tmp_path_factory.mktemp("many")) as folder:
         np.savez("low.npz", images=lower(digits().images[:20], 4)[:, 0].numpy())
         for words in ("--class-cond --out classes", "--out plain", "--data low.npz --out base",
                       "--upsample-from 4 --noise-augment 0.1 --out up"):
             assert ask(iddpm_train, *TRAIN, *words.split())[0] == 0
-    finally:
-        os.chdir(before)
     return folder
 
 

@@ -2,14 +2,13 @@
 pages leads somewhere. What needs a browser is in test_browser.py."""
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from conftest import ROOT, clean_env
+from conftest import ROOT, write_site
 
 pytest.importorskip("sphinx_book_theme")
 sys.path.extend(map(str, (ROOT, ROOT / "tools")))
@@ -158,10 +157,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def built():
     "The site, as the command writes it: path -> page."
-    done = subprocess.run([sys.executable, "tools/website.py"], cwd=ROOT, capture_output=True,
-                          text=True, env=clean_env(PYTHONPATH=str(ROOT)))
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {p: Page(p.read_text(encoding="utf-8")) for p in (ROOT / "_site").rglob("*.html")}
+    found = {p: Page(p.read_text(encoding="utf-8")) for p in write_site().rglob("*.html")}
     return {p: page for p, page in found.items() if "_static" not in p.parts}
 
 

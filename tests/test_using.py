@@ -1,12 +1,12 @@
 """A trained model used for more than noise: pictures to start from, masks, guides, own samplers;
 what a chapter cannot hold of it."""
-import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import within
 from PIL import Image
 from test_commands import TRAIN, ask, refused
 from iddpm_nb.checks import crash_at
@@ -30,9 +30,7 @@ def save(x, name):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "Runs of two steps: of digits, with classes, of colours, of an upsampler; and pictures."
-    folder, before = tmp_path_factory.mktemp("using"), os.getcwd()
-    os.chdir(folder)
-    try:
+    with within(tmp_path_factory.mktemp("using")) as folder:
         g, d = np.random.default_rng(0), digits().images
         np.savez("colours.npz", images=g.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
         np.savez("low.npz", images=lower(d[:20], 4)[:, 0].numpy())
@@ -50,8 +48,6 @@ def home(tmp_path_factory):
         save(np.stack([d[7, 0]] * 3, 2), "as_rgb.png")
         Path("text.png").write_text("hello")
         Path("empty").mkdir()
-    finally:
-        os.chdir(before)
     return folder
 
 

@@ -45,7 +45,7 @@ class Ours:
     def __init__(self, c, device, precision="auto", compile="auto"):
         from iddpm_nb.schedule import make_schedule
         from iddpm_nb.training.speed import fast_network, pick_precision
-        self.c, self.device = c, device
+        self.c, self.device, self.compile = c, device, compile
         self.precision = pick_precision(precision, device, c["size"])
         self.net = our_network(c).to(device)
         self.s = make_schedule("cosine", 1000).to(device)
@@ -63,8 +63,9 @@ class Ours:
 
     def sampling(self, n):
         from iddpm_nb.sampling import sample
-        from iddpm_nb.training.speed import InPrecision
-        net = InPrecision(self.ask.eval(), self.precision)
+        from iddpm_nb.training.speed import InPrecision, cast_once, fast_network
+        fast = fast_network(cast_once(self.net.eval(), self.precision), self.device, self.compile)
+        net = InPrecision(fast, self.precision)        # as `Model.quick` does
         return lambda: sample(net, self.s, (self.c["batch"], 3, self.c["size"], self.c["size"]), n,
                               progress=False)
 

@@ -35,13 +35,20 @@ def zero(
         nn.init.zeros_(p)
     return module
 
+def reads_bfloat16(
+    x:Tensor, # a map
+) -> bool:
+    """Does this device's norm read it as it is, and sum in float32? On a CPU; but of small maps in
+    channels last it is faster to make float32 copies."""
+    fast = x.is_contiguous() or x.shape[2:].numel() >= 32**2
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fast
+
 class Norm(nn.GroupNorm):
     """GroupNorm in 32 groups, or as many as given (fewer if the width asks for it), computed in
     float32 whatever comes in."""
     def __init__(self, channels, groups=32): super().__init__(math.gcd(groups, channels), channels)
     def forward(self, x):
-        # the CPU's kernel for bfloat16 sums in float32 by itself
-        h = x if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x.float()
+        h = x if reads_bfloat16(x) else x.float()
         return F.group_norm(h, self.num_groups, self.weight.float(), self.bias.float(),
                             self.eps).to(x.dtype)
 
@@ -91,7 +98,8 @@ def attend(
     q:Tensor, k:Tensor, v:Tensor, # queries, keys, values, (B,heads,positions,d)
 ) -> Tensor: # (B,heads,positions,d)
     "softmax(q k^T / sqrt d) v, by whatever is fastest."
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= WRITTEN_OUT:
+    low = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if low and q.requires_grad and q.shape[-2] <= WRITTEN_OUT:
         return (q * q.shape[-1]**-0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

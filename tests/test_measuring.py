@@ -368,7 +368,8 @@ def test_a_line_that_was_trained_on_other_images(tmp_path):
 
 @pytest.mark.parametrize("edge", ["--seeds ٣", "--seeds=", "--seeds 4294967296", "--seeds 1,,2",
                                   "--rows=", "--rows all,all", "--studies=", "--runs=", "--out=",
-                                  "--root=", "--device meta", "--data pics", "--data="])
+                                  "--root=", "--device meta", "--data pics", "--data=",
+                                  "--compile graphs", "--compile="])
 def test_options_of_the_tables(tmp_path, edge):
     device = "" if "--device" in edge else "--device cpu"
     ask(tmp_path, f"digits {edge} {device}", 1, iddpm_tables)

@@ -2,6 +2,7 @@
 import os
 import shutil
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from iddpm_nb.data import digits, to_float
 from iddpm_nb.images.own_sets import own_sets
 from iddpm_nb.importance import UniformSampler
 from iddpm_nb.running.model import load
+from iddpm_nb.running.parts import set_at
 from iddpm_nb.running.run import train_run
 from iddpm_nb.training import own
 from iddpm_nb.training.checkpoint import read_model
@@ -278,3 +280,21 @@ def test_what_a_folder_names_is_not_imported_unasked(code, monkeypatch):
         load("run")
     assert "bars_code" not in sys.modules
     assert len(load("run", trust=True).schedule) == 20
+
+
+def test_a_module_that_python_was_told_to_leave_out(monkeypatch):
+    "An entry of sys.modules may be None: the import of that module is blocked."
+    monkeypatch.setitem(sys.modules, "left_out", None)
+    monkeypatch.setitem(sys.modules, "its_parts", types.ModuleType("its_parts"))
+    part = types.SimpleNamespace(__module__="nowhere")
+    sys.modules["its_parts"].part = part
+    assert own.place_of(part, "the part") == "its_parts:part"
+
+
+def wrong_inside(): return None + 1
+
+
+def test_a_function_that_fails_inside_is_not_one_that_wants_arguments():
+    place = own.hand_over(wrong_inside, "this function")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        set_at(place, False)

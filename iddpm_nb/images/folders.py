@@ -185,10 +185,38 @@ def as_before(
         raise ValueError(f"{shown(path)} {trouble(e)}: restore it, or go on with what is there by "
                          "--resume with --new-data --skip-broken") from e
 
+# %% ../../nbs/images/02_folders.ipynb #582e0d25
+class Unread:
+    """A set whose images are read when they are used, in the place of `Images`. What it is made of
+    has `sums`, `one`, `labels` and `name`, and a method `read` for one image."""
+    each = ("sums",)               # what has an entry for each image
+
+    @property
+    def images(self):
+        "All images, read now."
+        return self
+    @property
+    def shape(self):
+        "Of all images, (N,C,H,W)."
+        return torch.Size([len(self), *self.one])
+    def __len__(self): return len(self.sums)
+    def to(self, device:str|torch.device):
+        "The same: it stays where it is."
+        return self
+    def take(self, i:Tensor, name:str=""): # those with the numbers i (n,)
+        "Some of them."
+        some = {k: tuple(getattr(self, k)[j] for j in i.tolist()) for k in self.each}
+        y = None if self.labels is None else self.labels[i]
+        return replace(self, labels=y, name=name or self.name, **some)
+    def __getitem__(self, i): # slice or whole numbers (B,) -> uint8 (B,C,H,W)
+        rows = range(len(self))[i] if isinstance(i, slice) else [int(j) for j in i]
+        found = [self.read(j) for j in rows]
+        return torch.stack(found) if found else torch.empty(0, *self.one, dtype=torch.uint8)
+
 # %% ../../nbs/images/02_folders.ipynb #fd000031
 @dataclass(frozen=True, eq=False)
-class Files:
-    "Pictures that stay on the disk; used like `Images`. Indexing decodes."
+class Files(Unread):
+    "Pictures that stay on the disk; used like `Images`."
     paths: tuple                   # of the files
     sums: tuple                    # SHA-256 of each
     one: torch.Size                # (C,H,W), the shape of each
@@ -200,34 +228,16 @@ class Files:
     notes: tuple = ()
     whole: str = ""
 
-    @property
-    def images(self):
-        "All images, read now."
-        return self
-    @property
-    def shape(self):
-        "Of all images, (N,C,H,W)."
-        return torch.Size([len(self.paths), *self.one])
+    each = "paths", "sums"
+
     @property
     def sum(self): # of the files, and of how they are read
         "A checksum of names, sizes and times."
         how = f"{self.size} {self.mode} {tuple(self.one)}".encode()
         return hashlib.sha256(b"".join(self.sums) + how).hexdigest()
 
-    def __len__(self): return len(self.paths)
-    def to(self, device:str|torch.device):
-        "The same: files stay where they are."
-        return self
-    def take(self, i:Tensor, name:str=""): # those with the numbers i (n,)
-        "Some of the files."
-        y, numbers = self.labels, i.tolist()
-        paths, sums = (tuple(v[j] for j in numbers) for v in (self.paths, self.sums))
-        return replace(self, paths=paths, sums=sums, name=name or self.name,
-                       labels=None if y is None else y[i])
-    def __getitem__(self, i): # slice or whole numbers (B,) -> uint8 (B,C,H,W)
-        rows = range(len(self))[i] if isinstance(i, slice) else [int(j) for j in i]
-        found = [as_before(self.paths[j], self.sums[j], self.size, self.mode) for j in rows]
-        return torch.stack(found) if found else torch.empty(0, *self.one, dtype=torch.uint8)
+    def read(self, j:int) -> Tensor: # uint8 (C,H,W)
+        return as_before(self.paths[j], self.sums[j], self.size, self.mode)
 
 # %% ../../nbs/images/02_folders.ipynb #fd000032
 def in_parallel(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import require, shown
 from ..data import Images, class_names, fits, image_sums, parts, to_uint8, whole_sum
 from ..pictures import progress_bar
+from .folders import Unread
 
 # %% ../../nbs/images/03_own_sets.ipynb #81cbe33b
 def pixels(
@@ -82,7 +83,7 @@ def seeded(
             np.random.set_state(before[1])
 
 @dataclass(frozen=True, eq=False)
-class Own:
+class Own(Unread):
     "A set of the user's that is read while it is used: the interface of `Images`."
     source: object                 # what gives an item for a number
     numbers: tuple                 # those that belong to this part
@@ -96,28 +97,13 @@ class Own:
     notes: tuple = ()
     whole: str = ""
 
-    @property
-    def images(self):
-        "All images, read now."
-        return self
-    @property
-    def shape(self):
-        "Of all images, (N,C,H,W)."
-        return torch.Size([len(self.numbers), *self.one])
+    each = "numbers", "sums"
+
     @property
     def sum(self):
         "A checksum of all."
         return hashlib.sha256(b"".join(self.sums)).hexdigest()
 
-    def __len__(self): return len(self.numbers)
-    def to(self, device:str|torch.device):
-        "The same: it stays where it is."
-        return self
-    def take(self, i:Tensor, name:str=""): # those with the numbers i (n,)
-        "Some of them."
-        n, s = (tuple(v[j] for j in i.tolist()) for v in (self.numbers, self.sums))
-        y = None if self.labels is None else self.labels[i]
-        return replace(self, numbers=n, sums=s, labels=y, name=name or self.name)
     def read(self, j:int) -> Tensor: # uint8 (C,H,W)
         x = item(self.source, self.numbers[j], self.name)[0]
         same = x.shape == self.one and (self.changes or image_sums(x[None])[0] == self.sums[j])
@@ -127,10 +113,6 @@ class Own:
     def drawn(self, i:list, seed:int) -> Tensor: # whole numbers (B,) -> uint8 (B,C,H,W)
         "As `self[i]`, of a random set: the k-th image gets the random numbers of seed + k."
         return torch.stack([seeded(seed + k, self.read, j) for k, j in enumerate(i)])
-    def __getitem__(self, i): # slice or whole numbers (B,) -> uint8 (B,C,H,W)
-        rows = range(len(self))[i] if isinstance(i, slice) else [int(j) for j in i]
-        found = [self.read(j) for j in rows]
-        return torch.stack(found) if found else torch.empty(0, *self.one, dtype=torch.uint8)
 
 # %% ../../nbs/images/03_own_sets.ipynb #f0b75900
 TRIED = 32   # items, to see whether a set is random: one mirrored by chance is missed in 1 of 2^32

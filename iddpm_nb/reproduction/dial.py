@@ -89,14 +89,13 @@ def dial(
     g = torch.Generator().manual_seed(task.seed)
     pick = torch.randperm(len(task.train), generator=g)[:centres]
     blurred = Blurred(to_float(task.train.images[pick]))
-    net, found = model.net.eval(), {}
-    errors = error_parts(net, s, blurred, n, g)
-    def turned(net): return replace(task, model=replace(model, net=net))
+    errors, found = error_parts(model.net.eval(), s, blurred, n, g), {}
+    def turned(var): return replace(task, asked=mixed(task.draws_with, s, blurred, a, var))
     def best(error): return reverse_variance(s, error, torch.arange(len(s)))
     for a in shares:
         ways = {"beta": ("beta", None), "beta_tilde": ("beta_tilde", None),
                 "learned": ("learned", None), "exact": ("learned", best(errors["exact"])),
                 "best": ("learned", best(errors["exact"] + a**2 * errors["extra"]))}
-        found[a] = {k: quality(turned(mixed(net, s, blurred, a, var)), s, name, clip_x0=False)
+        found[a] = {k: quality(turned(var), s, name, clip_x0=False)
                     for k, (name, var) in ways.items()}
     return {"K": K, "errors": {k: v.tolist() for k, v in errors.items()}, "samples": found}

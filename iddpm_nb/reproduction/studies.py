@@ -44,6 +44,12 @@ class Task:
     steps: int = 50      # to draw them with, unless the study varies them
     draws: int = 8       # of every evaluated t, for the noise of a gradient
     precision: str = "float32" # of the network while it samples
+    asked: object = None # the network that draws; None: the model's, in that precision
+
+    @property
+    def draws_with(self):
+        "What the samples are drawn with."
+        return self.asked or InPrecision(self.model.net, self.precision).eval()
 
 # %% ../../nbs/reproduction/01_studies.ipynb #1b7676fb
 def spaced(
@@ -126,8 +132,7 @@ def quality(
     model = task.model
     s = s or spaced(model.schedule, task.steps)
     generator = torch.Generator(model.schedule.beta.device).manual_seed(task.seed)
-    net = InPrecision(model.net, task.precision).eval()
-    x = sample(net, s, (n or task.samples, *model.config["shape"]), None, method,
+    x = sample(task.draws_with, s, (n or task.samples, *model.config["shape"]), None, method,
                generator=generator, progress=False, clip_x0=clip_x0,
                variance=variance or model.config["variance"])
     return judged(task, to_uint8(x.cpu())) if x.isfinite().all() else {"distance": math.nan}
@@ -215,8 +220,7 @@ def quiet_end(task:Task, Ks=(10, 25, 50), levels=(0.99, 0.9, 0.5)) -> dict:
         def change(out, x, t):
             eps, u = split_out(out, x)
             return eps, torch.where((s.alpha_bar[t] > level)[:, None, None, None], -1.0, u)
-        net = Changed(task.model.net.eval(), s, change)              # u = -1 is v = 0
-        return quality(replace(task, model=replace(task.model, net=net)), s)
+        return quality(replace(task, asked=Changed(task.draws_with, s, change)), s) # u = -1: v = 0
     return {level: {K: asked(spaced(task.model.schedule, K), level) for K in Ks}
             for level in levels}
 

@@ -106,7 +106,7 @@ def check_record(record:dict, how:dict, path:Path): # how: of `made_with`
     require(not other, f"{shown(path.resolve())} was made with other {' and '.join(other)}: choose "
             "another --out, and another --runs")
 
-def task_of(scale:Scale, c:Config, folder:Path, device, progress:bool) -> Task:
+def task_of(scale:Scale, c:Config, folder:Path, device, progress:bool, compile:str) -> Task:
     "A trained line, and what it is compared with."
     mode = "L" if scale.shape[0] == 1 else "RGB"
     features = get_features(scale.features, device, c.data.root, c.data.image_size, mode)
@@ -116,13 +116,16 @@ def task_of(scale:Scale, c:Config, folder:Path, device, progress:bool) -> Task:
             f"trained on other images than {shown(c.data.data)} holds now: restore them, or choose "
             "another --runs and --out")
     ref = reference(d, features, folder.parent / "features", device=device)
-    return Task(model, held, features, ref, Plain.of(d), d, c.train.seed, **scale.budget)
+    task = Task(model, held, features, ref, Plain.of(d), d, c.train.seed, **scale.budget)
+    if compile == "off": return task
+    return replace(task, asked=model.quick(task.precision, compile).net)
 
 def run_row(
     scale:Scale, row:Row, seed:int, # what to run
     runs:Path, out:Path,   # where its training is kept, and where its record
     wanted=tuple(STUDIES), # studies, of those that the row has
     root:str="data", device=None, progress:bool=True,
+    compile:str="off",     # what draws samples: see `speed.fast_network`
 ) -> dict: # the record
     "Train and measure a line of a table. A study is recorded when it is done, and not done again."
     name, blank = f"{row.name}-{seed}", Images(torch.zeros(1, *scale.shape, dtype=torch.uint8))
@@ -138,7 +141,7 @@ def run_row(
     busy = f"another process is at {name}: wait for it, or choose other rows or seeds"
     with lock(runs / f"{name}.lock", busy):
         record, left = recorded()
-        task = task_of(scale, c, runs / name, device, progress)
+        task = task_of(scale, c, runs / name, device, progress, compile)
         record["training"] = {k: v for k, v in read_result(runs / name).items() if k in TOLD}
         measure_row(record, left, task, path, device)
     return record
@@ -171,6 +174,7 @@ class TablesOptions:
     # a folder or an .npz of images in place of the scale's own; imagenet64 needs it
     data: str | None = None
     device: str | None = None    # cpu, cuda, ...; by default a GPU if there is one
+    compile: str = "off"         # what draws samples, "on": a minute first, then twice as fast
     plan: bool = False           # only say what there is to do
 
 def picked(what:str, names:str, among:dict) -> dict: # those named, or all
@@ -216,6 +220,7 @@ def iddpm_tables(args:list[str]|None=None):
     one = int(os.environ.get("WORLD_SIZE", 1)) == 1
     require(one, "lines are run by one process: start it without torchrun")
     scale, seeds = scale_of(o), seeds_of(o)
+    require(o.compile in ("off", "on"), f"--compile is off or on, not {shown(o.compile)}")
     rows = picked("rows", o.rows, {r.name: r for r in scale.rows})
     studies = tuple(picked("studies", o.studies, STUDIES))
     runs, out = (Path(p) / o.scale for p in (o.runs, o.out))
@@ -225,5 +230,6 @@ def iddpm_tables(args:list[str]|None=None):
     for seed in seeds:
         for row in rows.values():
             say(headline(o, scale, row, seed))
-            if not o.plan: run_row(scale, row, seed, runs, out, studies, o.root, o.device)
+            if not o.plan:
+                run_row(scale, row, seed, runs, out, studies, o.root, o.device, compile=o.compile)
     if o.plan: printed()

@@ -102,6 +102,7 @@ def set_at(
         try:
             found = found()
         except TypeError as e:
+            if e.__traceback__.tb_next: raise      # it was called, and failed inside
             raise ValueError(f"{what} is {place}, which cannot be called without arguments "
                              f"({shown(e)}): give the set itself, as data=") from e
     pair = isinstance(found, tuple) and len(found) == 2 and getattr(found[0], "ndim", 0) != 4

@@ -46,7 +46,8 @@ def place_of(
     module = getattr(thing, "__module__", None) or type(thing).__module__
     names = [f"{module}:{n}" for n in (getattr(thing, "__qualname__", ""),) if n]
     for m in (module, "__main__", *sys.modules):
-        there = list(vars(sys.modules.get(m, re)).items()) if len(names) < 2 else ()
+        held = getattr(sys.modules.get(m), "__dict__", {})     # an entry may be None
+        there = list(held.items()) if len(names) < 2 else ()
         names += [f"{m}:{k}" for k, v in there if v is thing]
     found = next((p for p in names if is_place(p) and at_place(p) is thing), None)
     require(found, f"{what} has no name by which another process could find it: define it at the "

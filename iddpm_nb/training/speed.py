@@ -73,17 +73,22 @@ class InPrecision(Wrapped):
             return self.net(x, t, **cond).float()
 
 # %% ../../nbs/training/08_speed.ipynb #c0088ed2
+def is_cast(net): return any(p.dtype == torch.bfloat16 for p in net.parameters())
+def on_cpu(net): return all(p.device.type == "cpu" for p in net.parameters())
+
 def cast_once(
     net:nn.Module, # the network
     precision:str, # "float32" or "bfloat16"
 ) -> nn.Module: # for sampling and bits/dim, while the weights stay as they are
-    "A copy that holds the weights which `autocast` would cast at each call already cast."
+    """A copy that holds the weights which `autocast` would cast at each call already cast, on a CPU
+    in channels last."""
     if precision == "float32": return net
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))]
-    mine = {id(v): v for v in [*net.parameters(), *net.buffers()]}
+    mine = {id(v): v for v in (*net.parameters(), *net.buffers()) if v.ndim != 4}
     for p in (p for m in layers for p in m.parameters(recurse=False)):
         mine[id(p)] = nn.Parameter(p.detach().bfloat16(), requires_grad=False)
-    return copy.deepcopy(net, mine)    # it finds each weight there already
+    cast = copy.deepcopy(net, mine)    # it finds each weight there already
+    return cast.to(memory_format=torch.channels_last) if on_cpu(cast) else cast
 
 # %% ../../nbs/training/08_speed.ipynb #e5a20004
 def keeps_channels_last(device) -> bool: # does a group norm leave the order of a map there?
@@ -107,7 +112,7 @@ def fast_network(
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     compiled = compile in ("on", "graphs") or (compile == "auto" and cuda)
-    last = cuda and (compiled or keeps_channels_last(device))
+    last = compiled or keeps_channels_last(device) if cuda else is_cast(net)
     net.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     ask = wrap(net)
     if compiled: ask.compile(mode="reduce-overhead" if compile == "graphs" else None)

@@ -6,94 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/beyond/01_ode.ipynb #be0d0003
-from collections.abc import Callable
-from itertools import pairwise
 import torch
-from torch import Tensor, nn
 from ..checks import require
-from ..forward import Schedule, model_time
-from ..variance import split_out
-from ..sampling import evaluating, home, respace, space_timesteps
 
-# %% ../../nbs/beyond/01_ode.ipynb #be0d0006
-def sigma_levels(
-    s:Schedule, # the schedule, possibly respaced
-) -> Tensor: # float64 (T+1,), rising from 0
-    "Noise for one unit of signal: 0 for clean images, then that of each step."
-    return torch.cat([s.beta.new_zeros(1), ((1 - s.alpha_bar) / s.alpha_bar).sqrt()])
-
-def slope_of(
-    net:object, # (x, t_model) -> out; only eps_hat is used
-    s:Schedule, # the schedule, possibly respaced, on the CPU
-) -> Callable: # (y float64 (B,C,H,W), level k) -> dy/dsigma, float64 (B,C,H,W)
-    "The right side of (b). The network is shown images of its own type, where it lives."
-    own = next(net.parameters(), None) if isinstance(net, nn.Module) else None
-    sigma, device = sigma_levels(s), home(net, s)
-    @torch.no_grad()
-    def f(y, k):
-        x = (y / (1 + sigma[k]**2).sqrt()).to(device)
-        x = x if own is None else x.to(own.dtype)
-        t = torch.full((len(x),), max(k - 1, 0), device=device)
-        return split_out(net(x, model_time(s, t)), x)[0].cpu().double()
-    return f
-
-# %% ../../nbs/beyond/01_ode.ipynb #be0d0008
-SOLVERS = "euler", "heun", "two-step"
-
-def solve(
-    f:Callable,          # (y, k) -> slope at level k
-    y:Tensor,            # where to start, at level order[0], any shape
-    sigma:Tensor,        # the levels, float64 (K+1,)
-    order:range,         # the levels as they are visited, rising or falling
-    method:str="euler",  # "euler", "heun" or "two-step"
-) -> Tensor: # y at level order[-1]
-    "Follow dy/dsigma = f from level to level."
-    require(method in SOLVERS, f"unknown solver {method!r}: choose {', '.join(SOLVERS)}")
-    before = None             # slope and length of the step before
-    for a, b in pairwise(order):
-        h, d = sigma[b] - sigma[a], f(y, a)
-        mean = d
-        if method == "heun" and min(sigma[a], sigma[b]) > 0:
-            mean = (d + f(y + h * d, b)) / 2
-        if method == "two-step" and before:
-            mean = d + h / (2 * before[1]) * (d - before[0])
-        y, before = y + h * mean, (d, h)
-    return y
-
-# %% ../../nbs/beyond/01_ode.ipynb #be0d000d
-def kept_flow(
-    net:object, s:Schedule, # as for `encode`
-    x:Tensor, steps:object, # the same
-) -> tuple[Callable, Tensor]: # slope and levels of the chain that is kept
-    "What both ways need, and what both refuse."
-    require(torch.is_tensor(x) and x.ndim == 4 and x.is_floating_point(), "images must be floating "
-            "point (B,C,H,W): use data.to_float for bytes")
-    keep = list(steps) if isinstance(steps, (list, tuple)) else space_timesteps(len(s), steps)
-    r = respace(s.to("cpu"), keep)
-    return slope_of(net, r), sigma_levels(r)
-
-def encode(
-    net:object,  # (x, t_model) -> out; an nn.Module is in eval mode for the duration
-    s:Schedule,  # the schedule it was trained with
-    x0:Tensor,   # images, (B,C,H,W) in [-1,1]; all are shown to the network at once
-    steps:object, # as for `space_timesteps`, or a list of steps, 0-based, ascending
-    *,
-    method:str="euler", # as for `solve`; "euler" is DDIM
-) -> Tensor: # x_T, as x0
-    "The noise from which DDIM makes these images: equation (b), upward."
-    f, sigma = kept_flow(net, s, x0, steps)
-    with evaluating(net):
-        y = solve(f, x0.cpu().double(), sigma, range(len(sigma)), method)
-    return (y / (1 + sigma[-1]**2).sqrt()).to(x0)
-
-def decode(
-    net:object, s:Schedule, # as for `encode`
-    x_T:Tensor,             # noise, (B,C,H,W)
-    steps:object, *, method:str="euler", # as for `encode`
-) -> Tensor: # x_0, as x_T
-    "The images that this noise leads to: equation (b), downward; DDIM without noise or clipping."
-    f, sigma = kept_flow(net, s, x_T, steps)
-    with evaluating(net):
-        y = x_T.cpu().double() * (1 + sigma[-1]**2).sqrt()
-        y = solve(f, y, sigma, range(len(sigma) - 1, -1, -1), method)
-    return y.to(x_T)
+# %% ../../nbs/beyond/01_ode.ipynb #64bf5980
+def steps_by_power(
+    last:int,      # the last step, 0-based
+    K:int,         # how many, both ends included
+    power:float=1, # 1: at equal distances; 2: at squares, most of them at little noise
+) -> list[int]: # steps, 0-based, ascending; those that round to one are kept once
+    "DDIM's linear and quadratic spacing (its appendix D.2), for `encode` and `decode`."
+    require(K >= 2 and last >= 1 and power > 0, f"spacing needs at least 2 steps up to a last one "
+            f"of at least 1, and a positive power, got {K}, {last}, {power}")
+    places = torch.linspace(0, last**(1 / power), K, dtype=torch.float64)**power
+    return sorted({round(i) for i in places.tolist()})

@@ -33,6 +33,7 @@ from ..measuring.metrics import fidelity
 from ..measuring.features import Features, extract, get_features
 from ..measuring.compare import as_images, default_cache, measure
 from ..measuring.best_steps import best_steps, model_costs, numbers_of, write_best
+from ..measuring.flow_likelihood import check_flow, held_flow, told_flow
 from ..running.model import (TO_SAMPLE, Drawn, Model, check_room, check_seed, kept_steps,
                                     load, machine, stream, weights_file)
 from ..running.parts import set_at
@@ -56,6 +57,8 @@ class EvalOptions:
     # by 128 training images, and kept beside the weights, in the place of earlier ones, for --steps
     # best25
     best_steps: str | None = None
+    # beyond the paper: bits/dim of the network's flow too; costs about 600 terms t, in float32
+    ode: bool = False
     # another model, a run with the same --weights: the difference in bits/dim, image by image
     against: str | None = None
     samples: int = 1000       # so many are drawn for fid and pr; published figures have 50,000
@@ -94,6 +97,7 @@ def check_options(o:EvalOptions):
         v, name = getattr(o, k), k.replace("_", "-")
         require(v is None or v >= low, f"--{name} must be at least {low}, got {v}")
     check_seed(o.seed)
+    if o.ode: check_flow(o.steps)
     of_samples = (o.fid or o.pr or not o.features) and (o.fid or not o.infinite)
     require(of_samples, "--infinite and --features are for samples: ask for --fid (or, for "
             "--features, --pr) as well")
@@ -278,6 +282,7 @@ def bits_of(o:EvalOptions, s:Subject, sets, team, other=()) -> tuple[dict, list]
             "to hold one out: name other images with --data")
     if other: check_other(o, other[0], held)
     model, given = teamed(o, s.model, team), what_is_given(s.about["network"])
+    flow = o.ode and held_flow(s.model, held, o.n, o.seed, o.clip_x0, o.chunk)
     b = bound(o, model, held, team)
     r = {"images": held.name, "n": len(b.total), "given": given, "clip_x0": o.clip_x0,
          "precision_of_bits": model.net.precision,
@@ -285,6 +290,7 @@ def bits_of(o:EvalOptions, s:Subject, sets, team, other=()) -> tuple[dict, list]
          "decoder": b.decoder.mean().item(), "prior": b.prior.mean().item(),
          "evaluated_t": b.t.shape[1], "T": len(respaced(o, s.model).schedule)}
     lines = told_bits(r)
+    if flow: r, lines = told_flow(flow, b, r, lines)
     if other:
         b_other = bound(o, teamed(o, other[0], team), held, team)
         more, line = paired(b, b_other, o.against, other[1].stem)
@@ -387,7 +393,7 @@ def beside_real(o:EvalOptions, s:Subject, sets, features, team) -> tuple[dict, l
 def evaluated(o:EvalOptions, team) -> tuple[dict, list]:
     "Everything that is asked for: for the record, and as lines."
     looks = o.fid or o.pr
-    bits = o.bpd or o.against or not (looks or o.best_steps)
+    bits = o.bpd or o.against or o.ode or not (looks or o.best_steps)
     s = subject(o, team)
     require(s.model or not (bits or o.best_steps), f"{shown(s.file)} holds images, not a model: "
             "ask for --fid or --pr of them, not for bits/dim")

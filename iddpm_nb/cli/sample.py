@@ -14,10 +14,8 @@ import shutil
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Annotated, Literal
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from ..checks import require, shown
 from ..data import from_npz, to_float, to_uint8
@@ -27,100 +25,12 @@ from ..conditioning.labels import class_numbers, labels_by_name, labels_for
 from ..conditioning.upsampler import cascade, with_noise
 from ..training.files import checksum, lock, numbered, reserved, sweep, write
 from ..training.distributed import join
-from ..running.model import (check_seed, kept_steps, length, load, one_bar, parts_of,
-                                    save_picture)
+from ..running.model import kept_steps, length, load, one_bar, parts_of, save_picture
 from ..running.run import place
 from ..running.using import read_given, sampler_for, steps_until
-from .commands import check_place, command, options
-
-# %% ../../nbs/cli/03_sample.ipynb #a5dc2a89
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    "Draw images from a trained model."
-    # a run's folder, a checkpoint, a .safetensors file, or an official checkpoint
-    path: Annotated[str, tyro.conf.Positional]
-    n: int = 64               # how many; no more than --low has
-    # 50, "10,15,20", ddim50, or all; by default 50, or all of a chain with fewer. best25: the steps
-    # that iddpm_eval --best-steps 25 found, beyond the paper
-    steps: str | None = None
-    method: str = "ddpm"      # ddpm or ddim
-    eta: float = 0.0          # noise of ddim: 0 none, 1 as much as ddpm
-    variance: str | None = None # learned, beta or beta_tilde; by default as trained
-    weights: str = ""         # model, or ema_RATE; by default the run's first average
-    # of an official checkpoint: the released file it is, if its name does not say so
-    preset: str | None = None
-    # what to draw, if the model has classes: names or numbers, "seven,3"; by default at random
-    classes: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    # above 1 exaggerates the class, in a model trained with --label-drop; later than the paper.
-    # With --base it is the base that is guided
-    guidance: float = 1.0
-    base: str | None = None   # of a model that enlarges: the model that draws the small images
-    base_steps: str | None = None # its steps, as --steps
-    # of a model that enlarges: an .npz of small images, in the place of --base
-    low: str | None = None
-    # a picture to start from, in the place of noise; it needs --from-step, --mask or both
-    init: str | None = None
-    # with --init: how much to forget, from 1, almost nothing, to the last step of training, all
-    from_step: int | None = None
-    # with --init: a picture in black and white. White stays as it is, black is drawn anew
-    mask: str | None = None
-    # with --mask: how often each step is gone. 10 fits better than 1, and takes 10 times as long
-    repeats: int = 1
-    seed: int = 0             # of all noise
-    # images at a time in each process; by default as many as fit into the free memory, 256 at
-    # most. The images do not depend on it
-    chunk: int | None = None
-    # of the network; auto asks the processor
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # torch.compile: takes a minute, and pays for many images
-    compile: Literal["auto", "off", "on", "graphs"] = "off"
-    out: str | None = None    # a .png; an .npz goes beside it. By default beside the checkpoint
-    # a folder, in the place of --out: one file for each image, 000000.png and so on, as other
-    # programs read them. Typed again, the command draws what is missing
-    png: str | None = None
-    device: str | None = None # cpu, cuda, ...; by default a GPU if there is one
-    trust: bool = False       # import a network of the user's, if the file names one
-
-# %% ../../nbs/cli/03_sample.ipynb #732418f3
-def check_how(o:SampleOptions): # the method, and what belongs to it
-    require(0 <= o.eta <= 1, f"--eta must lie between 0, no noise, and 1, as in ddpm, got {o.eta}")
-    require(0 <= o.guidance <= 1000,
-            f"--guidance must lie between 0 and 1000, and is seldom above 10, got {o.guidance}")
-    require(o.method in ("ddpm", "ddim"), f"unknown method {o.method!r}: choose ddpm or ddim")
-    require(o.method == "ddim" or not o.eta,
-            "--eta belongs to --method ddim; the noise of ddpm is chosen with --variance")
-    require(o.method == "ddpm" or o.variance is None,
-            "ddim has no variance to choose: its noise is --eta")
-    require(o.variance in (None, "learned", "beta", "beta_tilde"),
-            f"unknown variance {o.variance!r}: choose learned, beta or beta_tilde")
-
-def check_given(o:SampleOptions): # a picture to start from
-    require(o.init is not None or (o.from_step is None and o.mask is None),
-            "--from-step and --mask say what becomes of a picture: name it with --init")
-    require(o.init is None or o.from_step is not None or o.mask is not None,
-            "--init needs --from-step, how much of the picture to forget, or --mask, what to keep")
-    require(o.repeats >= 1, f"--repeats must be at least 1, got {o.repeats}")
-    require(o.repeats == 1 or o.mask is not None,
-            "--repeats belongs to --mask: each step is gone so often to fit what is kept")
-    require(o.init is None or o.base is None and o.low is None,
-            "--init is for one model that draws by itself: leave --base and --low out")
-
-def check_asked(o:SampleOptions): # what can be refused before the model is there
-    require(o.n >= 1, f"--n must be at least 1, got {o.n}")
-    require(o.chunk is None or o.chunk >= 1,
-            f"--chunk must be at least 1, got {o.chunk}: leave it out for as many as fit")
-    check_how(o)
-    check_given(o)
-    require(o.base is not None or o.base_steps is None,
-            "--base-steps are the steps of --base: give both, or neither")
-    check_seed(o.seed)
-    check_place(o.out)
-    require(o.png is None or o.out is None, "--png takes the place of --out: give one of them")
-    home = Path(o.png or ".").absolute().parent
-    require(o.png != "" and home.is_dir(),
-            f"--png needs the name of a folder in a folder that is there, and {home} is not")
-    require(o.out is None or Path(o.out).suffix == ".png",
-            f"--out must be a new .png, and so must the .npz beside it; got {o.out}")
+from ..running.between import read_end, way_between
+from .commands import command, options
+from .sample_options import SampleOptions, check_asked
 
 # %% ../../nbs/cli/03_sample.ipynb #2273f0b4
 def model_for(o, path, weights, preset, team): # a model to sample with
@@ -145,7 +55,11 @@ def small_images(o, model): # those of --low, if there are any
             f"{o.path} enlarges images {want}, and {o.low} holds images {got}: they do not fit")
     return small
 
-def given_picture(o, model): # a picture (1,C,H,W) and a mask or None; None: start from noise
+def given_picture(o, model): # a picture (1,C,H,W) and a mask or None; two; None: start from noise
+    if o.interpolate is not None:
+        ends = torch.cat([read_end(model, text) for text in o.interpolate])
+        way_between(model, ends, steps_of(o.steps, model), o.from_step)
+        return ends
     if o.init is None: return None
     given = read_given(model, o.init, o.mask)
     if o.from_step is not None: steps_until(model, steps_of(o.steps, model), o.from_step)
@@ -180,6 +94,7 @@ class Job:
 
     @property
     def n(self): # images
+        if self.o.interpolate is not None: return self.o.between + 2
         return self.o.n if self.small is None else min(self.o.n, len(self.small))
     @property
     def stages(self): # models, and how each is sampled
@@ -206,14 +121,16 @@ def labels_drawn(job:Job, part): # int64, or None; chance brings the first numbe
               else job.model.random_numbers(part.seed))
     return job.knows.random_labels(part.places.stop - part.places.start, chance)
 
+def sampler_of(job:Job, n:int, how:Sampling): # what runs in the place of `sample`
+    at = job.o.from_step
+    if job.o.interpolate is not None: return way_between(job.model, job.given, how, at)
+    x0, mask = job.given
+    return sampler_for(job.model, x0.expand(n, -1, -1, -1), how, at, mask, job.o.repeats)
+
 def in_one_stage(job:Job, part, y, shown:dict): # images, and small images
     _, p, seed = part
     (model, how), cond, low = job.stages[-1], {} if y is None else {"y": y}, None
-    if job.given:
-        x0, mask = job.given
-        x0 = x0.expand(p.stop - p.start, -1, -1, -1)
-        run = sampler_for(model, x0, how, job.o.from_step, mask, job.o.repeats)
-        shown = shown | {"sampler": run}
+    if job.given is not None: shown = shown | {"sampler": sampler_of(job, p.stop - p.start, how)}
     if job.small:
         low = job.small.images[p]
         noise = torch.Generator().manual_seed(seed + 2)     # not the numbers that x_T is drawn from
@@ -427,6 +344,8 @@ def draw(o:SampleOptions, team): # and write
     job = Job(o, model, base, small_images(o, model), team, given)
     check_disk(job)
     parts = parts_of(job.n, model.config["shape"], o.seed)
+    require(len(parts) == 1 or o.interpolate is None, f"a way between pictures is drawn at once, "
+            f"and {job.n} of this size are too many: --between {parts[0].places.stop - 2} at most")
     if o.png is not None: told = as_pngs(job, parts)
     else: told = in_parts(job, parts) if len(parts) > 1 else at_once(job, parts[0])
     if team.rank == 0: print(told)

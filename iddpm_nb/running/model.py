@@ -43,6 +43,7 @@ from ..training.memory import images_at_a_time
 from ..interop.openai import read_openai
 from ..measuring.best_steps import asked_best, read_best
 from .sharing import at_home
+from .latents import as_known, model_decode, model_encode
 
 # %% ../../nbs/running/01_model.ipynb #85df722b
 def check_seed(
@@ -144,15 +145,14 @@ class Model:
     ) -> Bits:
         "Bits per dimension."
         generator, cond, shape = self.random_numbers(seed), dict(cond or {}), self.config["shape"]
-        x0 = to_float(images) if images.dtype == torch.uint8 else images.float()
-        x0 = x0.to(generator.device)
-        require(list(x0.shape[1:]) == list(shape),
-                f"this model knows images {tuple(shape)}, got {tuple(x0.shape[1:])}")
+        x0 = as_known(self, images).to(generator.device)
         cond |= asked_for(self.config.get("network", {}), x0, cond.get("y"), cond.get("low"),
                           generator)
         if chunk is None: chunk = images_at_a_time(self.net, shape, generator.device, cond)
         return bits_per_dim(self.net, self.schedule, x0, variance=self.config["variance"],
                             num_t=num_t, generator=generator, cond=cond, chunk=chunk, **kwargs)
+
+    encode, decode = model_encode, model_decode   # of running/00a: to the noise, and back
 
     def quick(self, precision:str="auto", compile:str="off", team:object=Alone()) -> "Model":
         "The same model without gradients, fast (training/08), asked by a team (training/04)."

@@ -71,7 +71,7 @@ class EvalOptions:
     variance: str | None = None # of sampling: learned, beta or beta_tilde; by default as trained
     # of the network; auto asks the processor for samples, and is float32 for bits/dim
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: Literal["auto", "off", "on", "graphs"] = "off" # takes a minute; pays for many images
+    compile: Literal["auto", "off", "on", "graphs"] = "off" # takes a minute: see training/08
     # of a respaced chain: 50, "10,15,20", ddim50, best25 (see --best-steps), or all; by default all
     # for bits/dim, and 50 for samples
     steps: str | None = None

@@ -58,7 +58,7 @@ class SampleOptions:
     chunk: int | None = None
     # of the network; auto asks the processor
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # torch.compile: takes a minute, and pays for many images
+    # torch.compile: takes a minute, for many images; on a CPU it pays for small networks only
     compile: Literal["auto", "off", "on", "graphs"] = "off"
     out: str | None = None    # a .png; an .npz goes beside it. By default beside the checkpoint
     # a folder, in the place of --out: one file for each image, 000000.png and so on, as other

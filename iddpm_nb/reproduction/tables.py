@@ -174,7 +174,7 @@ class TablesOptions:
     # a folder or an .npz of images in place of the scale's own; imagenet64 needs it
     data: str | None = None
     device: str | None = None    # cpu, cuda, ...; by default a GPU if there is one
-    compile: str = "off"         # what draws samples, "on": a minute first, then twice as fast
+    compile: str = "off"         # what draws samples; "on" pays for small networks and many images
     plan: bool = False           # only say what there is to do
 
 def picked(what:str, names:str, among:dict) -> dict: # those named, or all

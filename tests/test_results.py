@@ -143,11 +143,14 @@ SIX = ("linear-250-simple", "linear-1000-simple", "linear-1000-hybrid", "cosine-
        "cosine-1000-vlb")
 
 
+PROSE = "check_natural(records"      # holds sentences against the records that are committed
+
+
 def run_chapter(name, start="", end="no such cell", module=None):
     "What a chapter's cells print and show, from the one with `start` to the one with `end`."
     nb = json.loads((ROOT / "nbs" / "reproduction" / name).read_text())
     code = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    code = [s for s in code if not s.startswith("#|")]
+    code = [s for s in code if not s.startswith("#|") and PROSE not in s]
     first = next(k for k, s in enumerate(code) if start in s)
     imports = [s for s in code[:first] if s.startswith(("from ", "import "))]
     said, names = [], {**(vars(importlib.import_module(module)) if module else {}),

@@ -177,6 +177,31 @@ def test_channels_last_where_the_norm_leaves_it_or_is_compiled(compile, keeps):
     assert last == (keeps or compile != "off")
 
 
+def test_what_was_cast_once_lies_channels_last_on_a_cpu_and_stays_so():
+    last = torch.channels_last
+    net = UNet(3, 6, 32, (1, 2), 1, (8,), 16)
+    fast = fast_network(speed.cast_once(net, "bfloat16"), "cpu")
+    weight = fast.conv_in.weight
+    assert weight.is_contiguous(memory_format=last) and weight.dtype == torch.bfloat16
+    assert net.conv_in.weight.is_contiguous()              # the network itself is as it was
+    plain = fast_network(speed.cast_once(net, "float32"), "cpu")
+    assert plain is net and net.conv_in.weight.is_contiguous()
+
+
+class Kernels(nn.Module):
+    "A network of a user's, with a weight of four indices that no layer of torch's holds."
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(4, 3, 3, 3))
+
+
+def test_a_cast_copy_never_rearranges_a_weight_of_the_network():
+    net = Kernels()
+    cast = speed.cast_once(net, "bfloat16")
+    assert cast.kernel.is_contiguous(memory_format=torch.channels_last)
+    assert net.kernel.is_contiguous() and cast.kernel is not net.kernel
+
+
 # one rule for the kind of number
 
 def kinds(size, precision="auto", native=True):

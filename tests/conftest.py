@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from iddpm_nb.checks import typed
+from iddpm_nb.cli.evaluate import iddpm_eval
+
 ROOT = Path(__file__).parent.parent
 TINY = ("--channels 32 --mult 1 --attn-resolutions --T 20 --batch 8 --warmup 2 --log-every 5 "
         "--device cpu").split()
@@ -19,6 +22,13 @@ def clean_env(**more):
     "The environment without this checkout on the path, one thread, no bars."
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "IN_TEST")}
     return env | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"} | more
+
+
+def ask(home, line, status=0, command=iddpm_eval):
+    "What a command says; it must end as expected, and never in a traceback."
+    got, out, err = typed(command, line, home)
+    assert got == status and "Traceback" not in out + err, f"{line}: {got}\n{out}{err}"
+    return out + err
 
 
 @contextmanager

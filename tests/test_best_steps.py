@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ask
 
 from iddpm_nb import load
-from iddpm_nb.checks import typed
 from iddpm_nb.cli.evaluate import iddpm_eval
 from iddpm_nb.cli.sample import iddpm_sample
 from iddpm_nb.cli.train import iddpm_train
@@ -19,13 +19,6 @@ from iddpm_nb.sampling import respace, space_timesteps
 
 RUN = ("--channels 8 --groups 4 --num-heads 2 --mult 1 --attn-resolutions --T 20 --steps 4 "
        "--batch 8 --warmup 0 --log-every 2 --save-every 2 --device cpu")
-
-
-def ask(home, line, status=0, command=iddpm_eval):
-    "What a command says; it must end as expected, and never in a traceback."
-    got, out, err = typed(command, line, home)
-    assert got == status and "Traceback" not in out + err, f"{line}: {got}\n{out}{err}"
-    return out + err
 
 
 @pytest.fixture(scope="module")

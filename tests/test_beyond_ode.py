@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ask
 
 from iddpm_nb import load
-from iddpm_nb.checks import typed
-from iddpm_nb.cli.evaluate import iddpm_eval
 from iddpm_nb.cli.train import iddpm_train
 from iddpm_nb.data import digits
 from iddpm_nb.measuring.flow_likelihood import FlowPath, model_flow
@@ -18,13 +17,6 @@ from iddpm_nb.training.predicts import Predicts
 RUN = ("--channels 8 --groups 4 --num-heads 2 --mult 1 --attn-resolutions --T 40 --steps 3 "
        "--batch 8 --warmup 0 --log-every 3 --save-every 3 --device cpu")
 ODE = "--ode --n 2 --device cpu"
-
-
-def ask(home, line, status=0, command=iddpm_eval):
-    "What a command says; it must end as expected, and never in a traceback."
-    got, out, err = typed(command, line, home)
-    assert got == status and "Traceback" not in out + err, f"{line}: {got}\n{out}{err}"
-    return out + err
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from ..checks import require
 from ..data import free_memory
 from ..schedule import make_schedule
 from ..unet import WRITTEN_OUT
-from ..train import Alone, train_step
+from ..train import Alone, pick_precision, train_step
 from .own import is_place
 from .checkpoint import network
 from .distributed import Wrapped
@@ -78,7 +78,13 @@ def imitated(precision:str, device) -> bool:
     return precision == "bfloat16" and on_cpu and not native_bfloat16()
 
 # %% ../../nbs/training/09_memory.ipynb #de4667c9
-MOST = 256   # images at a time, in each process
+MOST = 256      # images at a time, in each process
+BLOCK = 2**25   # bytes: a larger block is not kept by glibc, but asked of the system each time
+
+def most_numbers(precision:str, device) -> int:
+    "How many numbers one tensor may have."
+    if torch.device(device).type != "cpu": return 2**31 - 1
+    return BLOCK // (2 if precision == "bfloat16" and native_bfloat16() else 4)
 
 COUNTED = weakref.WeakKeyDictionary()   # networks, and what was counted of them
 
@@ -100,16 +106,19 @@ def images_at_a_time(
     cond:dict|None=None, # further arguments of the network, each with a row for each image
     copies:int=1,  # of each image that the network is shown at once: 2 with guidance
 ) -> int: # for all processes of the network's team together
-    "As many as fit into half of the free memory: a power of two, at most 256 in each process."
-    team = getattr(net, "team", Alone())
+    """As many as fit into half of the free memory: a power of two, at most 256 in each process,
+    and on a CPU not more than it computes at its full rate."""
+    team, precision = getattr(net, "team", Alone()), "float32"
     while isinstance(net, Wrapped):
-        if imitated(getattr(net, "precision", "float32"), device): copies = 2 * copies
+        precision = pick_precision(getattr(net, "precision", precision), device, shape[-1])
         net = net.net
     try:
         each, largest = known_peak(net, shape, cond or {})
     except (RuntimeError, TypeError, ValueError):
         each, largest = 1, 1  # it will say so if called
-    room = min(MOST, free_memory(device) // (2 * copies * each), (2**31 - 1) // (copies * largest))
+    if imitated(precision, device): each = 2 * each
+    fitting = free_memory(device) // (2 * copies * each)
+    room = min(MOST, fitting, most_numbers(precision, device) // (copies * largest))
     n = 1 << max(room, 1).bit_length() - 1
     return team.size * int(team.gather(torch.tensor([n], device=device)).min())
 

@@ -6,17 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/beyond/01_ode.ipynb #be0d0003
-import torch
 from ..checks import require
+from ..sampling import space_timesteps
+from ..reproduction.studies import quadratic
 
 # %% ../../nbs/beyond/01_ode.ipynb #64bf5980
-def steps_by_power(
-    last:int,      # the last step, 0-based
-    K:int,         # how many, both ends included
-    power:float=1, # 1: at equal distances; 2: at squares, most of them at little noise
-) -> list[int]: # steps, 0-based, ascending; those that round to one are kept once
+def spaced_to(
+    last:int,   # the last step, 0-based
+    K:int,      # how many, both ends included; at most last + 1
+    power:int=1, # 1: at equal distances; 2: at squares, most of them at little noise
+) -> list[int]: # K steps, 0-based, ascending
     "DDIM's linear and quadratic spacing (its appendix D.2), for `encode` and `decode`."
-    require(K >= 2 and last >= 1 and power > 0, f"spacing needs at least 2 steps up to a last one "
-            f"of at least 1, and a positive power, got {K}, {last}, {power}")
-    places = torch.linspace(0, last**(1 / power), K, dtype=torch.float64)**power
-    return sorted({round(i) for i in places.tolist()})
+    require(power in (1, 2), f"the power of a spacing is 1 or 2, got {power}")
+    require(2 <= K <= last + 1, f"a spacing up to step {last} keeps 2 to {last + 1} steps, got {K}")
+    return quadratic(last + 1, K) if power == 2 else space_timesteps(last + 1, K)

@@ -169,7 +169,7 @@ def led(
     require(not low or "low" in cond, f"this model enlarges images of {low}x{low}: give the small "
             "ones, as cond={'low': ...}")
     x = x.to(home(model.net, model.schedule))
-    chunk = chunk or images_at_a_time(model.net, tuple(x.shape[1:]), x.device, cond)
+    if chunk is None: chunk = images_at_a_time(model.net, tuple(x.shape[1:]), x.device, cond)
     return way(model.net, model.schedule, x, steps, method=method, cond=cond, chunk=chunk,
                progress=progress)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..checks import require, shown
-from ..data import to_float
 from ..pictures import progress_bar
 from ..forward import Schedule, at, q_sample
 from ..variance import p_gaussian
 from ..sampling import (Reverse, Sampling, check_request, evaluating, home, in_chunks,
                                normal, respace, sample)
 from ..images.reading import read_image
+from .latents import as_known
 from .model import Model, kept_steps
 
 # %% ../../nbs/running/05_using_a_model.ipynb #05a10009
@@ -56,12 +56,8 @@ def given_images(
     model:Model,
     x0:Tensor, # uint8, or float in [-1,1]
 ) -> Tensor: # float32 (N,C,H,W)
-    "Images as the model knows them."
-    require(torch.is_tensor(x0), f"images must be a tensor, got {type(x0).__name__}", TypeError)
-    x0 = to_float(x0) if x0.dtype == torch.uint8 else x0.float()
-    shape = tuple(model.config["shape"])
-    require(tuple(x0.shape[1:]) == shape,
-            f"this model knows images {shape}, got {tuple(x0.shape[1:])}")
+    "Images as the model knows them, at least one, and in [-1,1]."
+    x0 = as_known(model, x0)
     require(len(x0), "there must be at least one image")
     require(x0.isfinite().all() and x0.abs().max() <= 1.001,
             "the images must be floats in [-1,1], or uint8")
